@@ -1,0 +1,43 @@
+# make demo    download and quantize a small chat model, then answer a question with it (QUESTION="…" for your own)
+# make test    lint, type checks and all tests
+# Each sets itself up on a fresh machine, and installs again only after pyproject.toml or scripts/setup.sh changed.
+
+VENV ?= .venv
+BIN = $(VENV)/bin
+QUESTION ?=
+export QUESTION
+PYTEST ?=
+
+.PHONY: help demo test lint pytest format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/.installed-demo
+	@$(BIN)/qwen-jax demo $${QUESTION:+"$$QUESTION"}
+
+test: lint pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# PYTEST passes options on: make pytest PYTEST="-k sampling -x"
+pytest: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --timeout 300 $(PYTEST)
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
+
+# What `test` installs contains what `demo` needs.
+$(VENV)/.installed-demo: pyproject.toml scripts/setup.sh
+	@if [ -f $(VENV)/.installed-test ] && [ -z "$$(find pyproject.toml scripts/setup.sh -newer $(VENV)/.installed-test)" ]; \
+	then touch $@; else sh scripts/setup.sh $(VENV) demo; fi
+
+$(VENV)/.installed-test: pyproject.toml scripts/setup.sh
+	@sh scripts/setup.sh $(VENV) test

@@ -1,0 +1,34 @@
+"""What all tests share: eight CPU devices, strict dtype promotion, a compilation cache between runs."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network fails instead of waiting
+
+import jax
+import pytest
+
+CPU_DEVICES = 8
+
+jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax-tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_sessionstart(session):
+    # Asserted, for a test over eight devices that silently runs on one proves nothing.
+    count = len(jax.devices("cpu"))
+    if count != CPU_DEVICES:
+        raise pytest.UsageError(
+            f"tests need {CPU_DEVICES} CPU devices, JAX was used before conftest.py: {count}"
+        )
+
+
+def pytest_collection_modifyitems(items):
+    backend = jax.default_backend()
+    for item in items:
+        for marker in ("gpu", "tpu"):
+            if item.get_closest_marker(marker) and backend != marker:
+                item.add_marker(pytest.mark.skip(reason=f"needs a {marker.upper()}, JAX runs on {backend}"))
