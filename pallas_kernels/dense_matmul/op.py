@@ -1,0 +1,71 @@
+"""The public dense matmul and embedding lookup."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dense_matmul import layout, xla
+from pallas_kernels.dense_matmul.tensor import DenseTensor
+from pallas_kernels.quantized_matmul.op import check_operands, default_chip
+
+
+def dense_matmul(
+    x_MI: jax.Array,
+    weight: DenseTensor,
+    *,
+    layer: jax.Array | int | None = None,
+    bias_O: jax.Array | None = None,
+    kernels: str = "auto",
+    chip: str | None = None,
+) -> jax.Array:
+    """Multiplies by a dense weight: out[m, o] = Σᵢ x[m, i] · w[i, o] + bias[o], sums in float32.
+
+    Args:
+        x_MI: [..., in], float32, bfloat16 or float16; any leading dimensions.
+        weight: DenseTensor of logical shape [in, out] or, with `layer`, [layers, in, out].
+        layer: which matrix of a stack, an int or an int32 scalar (may be traced); None for a single matrix.
+        bias_O: [out], added in float32; None for no bias.
+        kernels: as for `quantized_matmul`, so that a model can hand one name to both; it is XLA that runs here.
+        chip: `device_kind` of the device it will run on; None for JAX's default device.
+
+    Returns:
+        [..., out] in the dtype of x.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
+    del kernels
+    lead = check_operands("dense_matmul", x_MI, weight, layer, bias_O)
+    chip = default_chip() if chip is None else chip
+    rows_MI = x_MI.reshape(math.prod(lead), weight.in_features)
+    return xla.run(rows_MI, weight, layer, bias_O, chip).reshape(*lead, weight.out_features)
+
+
+def embedding_lookup(weight: DenseTensor, ids: jax.Array) -> jax.Array:
+    """Rows of an embedding table: [..., D] of the table's dtype for integer ids [...] in [0, V).
+
+    Args:
+        weight: DenseTensor of logical shape [D, V] (in_features = D), any layout: a tied head is the same tensor.
+        ids: integers; what one outside the range gives means nothing, so check them before.
+    """
+    ids = jnp.asarray(ids)
+    if weight.stack:
+        raise ValueError(f"embedding_lookup: the table has stack {weight.stack}, expected a single matrix.")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"embedding_lookup: ids must be integers, got {ids.dtype}.")
+    return xla.lookup(weight, ids)
+
+
+def prepack(weight: DenseTensor, kernels: str = "auto", chip: str | None = None) -> DenseTensor:
+    """The same weight in the layout that is fastest on `chip`; `unpack` goes back exactly."""
+    del kernels
+    chip = default_chip() if chip is None else chip
+    if chip == "cpu" and weight.dtype in layout.SIXTEEN_BITS and weight.in_features % 2 == 0:
+        return layout.to_row_pairs(weight)
+    return weight
+
+
+def unpack(weight: DenseTensor) -> DenseTensor:
+    """The same weight in layout "transposed", as files hold it."""
+    return layout.to_transposed(weight)
