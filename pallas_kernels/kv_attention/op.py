@@ -1,0 +1,140 @@
+"""Attention over a key/value cache: the public functions, and the choice of a kernel.
+
+A kernel module offers `unsupported(shape, chip)` (None, or one sentence why not) and `attend_decode`, `append`.
+"""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+
+from pallas_kernels.kv_attention import xla
+from pallas_kernels.kv_attention.tensor import KVArrays
+
+KERNELS = {"xla": xla}  # best first; xla takes everything
+
+_logger = logging.getLogger("pallas_kernels")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What the choice of a kernel depends on."""
+
+    slots: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    length: int
+    quantized: bool
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The kernel that runs, and why better ones do not."""
+
+    name: str
+    refusals: tuple[tuple[str, str], ...] = ()
+
+
+@functools.cache
+def choose(shape: AttentionShape, chip: str, kernels: str = "auto") -> Choice:
+    """Names the kernel for decode attention.
+
+    Args:
+        shape: sizes and dtypes.
+        chip: `jax.Device.device_kind`.
+        kernels: "auto" or a key of `KERNELS`.
+
+    Raises:
+        ValueError: the named kernel does not exist or cannot run this shape; the message says why.
+    """
+    if kernels not in ("auto", *KERNELS):
+        raise ValueError(f"kernels={kernels!r} is none of {['auto', *KERNELS]}.")
+    refusals = {}
+    for name in KERNELS if kernels == "auto" else [kernels]:
+        reason = KERNELS[name].unsupported(shape, chip)
+        if reason is None:
+            _logger.info("kv_attention: %s on %s for %s", name, chip, shape)
+            return Choice(name, tuple(refusals.items()))
+        refusals[name] = reason
+    raise ValueError(f"kernels={kernels!r} cannot run {shape} on {chip}: {refusals[kernels]}")
+
+
+def _kernel(kv: KVArrays, heads: int, dtype, kernels: str):
+    _, slots, kv_heads, length, head_dim = kv.keys.shape
+    shape = AttentionShape(slots, heads, kv_heads, head_dim, length, kv.quantized, str(dtype))
+    return KERNELS[choose(shape, jax.devices()[0].device_kind, kernels).name]
+
+
+def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, *, heads: int, kernels: str = "auto") -> KVArrays:
+    """Writes T new tokens of one layer at positions start..start + T − 1 of each slot; under jit in place if donated.
+
+    Args:
+        kv: the cache, [L, B, G, S, K].
+        layer: index, int or traced int32.
+        key_BTGK: rotated keys; for an 8-bit cache without their bias.
+        value_BTGK: values.
+        start_B: int32 [B], the first position written in each slot.
+        heads: query heads, for the choice of kernel.
+        kernels: as in `choose`.
+    """
+    return _kernel(kv, heads, key_BTGK.dtype, kernels).append(kv, layer, key_BTGK, value_BTGK, start_B)
+
+
+def attend_decode(
+    query_BHK,
+    kv: KVArrays,
+    layer,
+    lengths_B,
+    *,
+    scale: float,
+    key_bias_GK=None,
+    key_rotary=None,
+    sliding_window: int | None = None,
+    active_length: int | None = None,
+    kernels: str = "auto",
+):
+    """Attention of one new token a slot over its cache: softmax(scale · q·k) · v.
+
+    Args:
+        query_BHK: rotated queries; query head h reads key/value head h // (H / G).
+        kv: the cache; scales are applied to logits and probabilities, so its bytes are read once.
+        layer: index, int or traced int32.
+        lengths_B: int32 [B], valid tokens in each slot, the newest (this query's own) included.
+        scale: factor on the logits.
+        key_bias_GK: the keys' un-rotated bias, for an 8-bit cache whose keys were stored without it. It is added back
+            exactly: q·R_p b = Σᵢ (q₁b₁ + q₂b₂)·cosₚᵢ + (q₂b₁ − q₁b₂)·sinₚᵢ over the pairs i of a head.
+        key_rotary: (cos, sin), float32 [B or 1, S, K/2], the tables the keys were rotated with; goes with key_bias_GK.
+        sliding_window: only the newest so many tokens are seen; None for all.
+        active_length: no slot holds more tokens than this; the xla form reads only that much of the cache.
+        kernels: as in `choose`.
+
+    Returns:
+        [B, H, K] in the dtype of the query.
+    """
+    kernel = _kernel(kv, query_BHK.shape[1], query_BHK.dtype, kernels)
+    return kernel.attend_decode(
+        query_BHK,
+        kv,
+        layer,
+        lengths_B,
+        scale=scale,
+        key_bias_GK=key_bias_GK,
+        key_rotary=key_rotary,
+        sliding_window=sliding_window,
+        active_length=active_length,
+    )
+
+
+def attend_prefill(query_BTHK, key_BTGK, value_BTGK, lengths_B, *, scale: float, sliding_window: int | None = None):
+    """Causal attention among the tokens of a prompt, right-padded rows of `lengths_B` valid tokens.
+
+    On a GPU in 16 bits it is cuDNN's flash attention through `jax.nn.dot_product_attention`; elsewhere XLA, in blocks
+    of queries. Rows past a length hold arbitrary finite numbers.
+
+    Returns:
+        [B, T, H, K] in the dtype of the query.
+    """
+    return xla.attend_prefill(query_BTHK, key_BTGK, value_BTGK, lengths_B, scale=scale, sliding_window=sliding_window)

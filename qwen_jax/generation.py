@@ -1,0 +1,264 @@
+"""Prefill, and a decode loop that stays on the device for a chunk of tokens at a time."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qwen_jax.errors import NonFiniteLogitsError
+from qwen_jax.kv_cache import CacheState
+from qwen_jax.model import Decoder, Step
+from qwen_jax.rotary import attention_factor, dynamic_ntk_alpha, inverse_frequency, rotary
+from qwen_jax.sampling import Filters, Sampler, SamplingConfig, device_sampler, sample
+
+CHUNK = 8  # tokens a dispatch: a host round trip is spread over them, and a stream still moves several times a second
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, 128, …: few programs to compile, at most half of each padding."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+class Loop(NamedTuple):
+    """What the decode loop carries from token to token, all on the device.
+
+    Attributes:
+        cache: the cache, donated from chunk to chunk.
+        token_B: int32, the newest token of each row, not yet in the cache.
+        done_B: bool, rows that met a stop token: they keep still and emit the padding token.
+        count_B: int32, tokens produced by each row.
+        seen_BV: bool, tokens a repetition penalty acts on; None without one.
+        nonfinite_B: int32, the step whose logits were not finite; −1 for none.
+    """
+
+    cache: CacheState
+    token_B: Any
+    done_B: Any
+    count_B: Any
+    seen_BV: Any
+    nonfinite_B: Any
+
+
+class Rules(NamedTuple):
+    """What ends a row: `stop_N` int32 token ids (−1 pads the list), `pad` int32 the token of a finished row."""
+
+    stop_N: Any
+    pad: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """New tokens of every row.
+
+    Attributes:
+        tokens_BN: int32 [B, N], a finished row holding the padding token after its stop token.
+        logprobs_BN: float32 [B, N], natural logarithm of each token's probability before temperature and filters;
+            None unless asked for.
+        kept_BN: bool [B, N], False for the padding of finished rows.
+        done_B: bool [B], rows that are finished.
+    """
+
+    tokens_BN: np.ndarray
+    logprobs_BN: np.ndarray | None
+    kept_BN: np.ndarray
+    done_B: np.ndarray
+
+
+class Programs:
+    """The compiled functions of one model; the model's arrays are flattened once and passed as one flat list."""
+
+    def __init__(self, model: Decoder):
+        self.config = model.config
+        self._leaves, structure = jax.tree.flatten(model)
+        self._score = jax.jit(functools.partial(_score, structure))
+        self._prefill = jax.jit(functools.partial(_prefill, structure), donate_argnames="cache")
+        self._decode = jax.jit(
+            functools.partial(_decode, structure), donate_argnames="cache", static_argnames="active_length"
+        )
+        self._first = jax.jit(_first, donate_argnames="cache", static_argnames=("filters", "logprobs"))
+        self._chunk = jax.jit(
+            functools.partial(_chunk, structure),
+            donate_argnames="loop",
+            static_argnames=("filters", "logprobs", "steps", "active_length"),
+        )
+
+    def score(self, ids_BT, lengths_B):
+        """float32 logits [B, T, V] of right-padded rows; a padded position's are arbitrary."""
+        return self._score(self._leaves, ids_BT, lengths_B)
+
+    def prefill(self, ids_BT, lengths_B, cache: CacheState):
+        """Fills an empty cache; float32 logits [B, V] of each row's last token, and the cache."""
+        return self._prefill(self._leaves, ids_BT, lengths_B, cache=cache)
+
+    def decode(self, token_B, cache: CacheState, active_length: int):
+        """One more token a row; float32 logits [B, V] and the cache."""
+        return self._decode(self._leaves, token_B, cache=cache, active_length=active_length)
+
+    def stream(
+        self,
+        ids_BT: np.ndarray,
+        lengths_B: np.ndarray,
+        cache: CacheState,
+        sampling: SamplingConfig,
+        seed_B: np.ndarray,
+        stop_ids: tuple[int, ...],
+        pad_id: int,
+        max_new_tokens: int,
+        logprobs: bool = False,
+        chunk: int = CHUNK,
+    ) -> Iterator[Chunk]:
+        """Generates: the first token alone, as soon as the prompt is read, then `chunk` tokens a time.
+
+        Raises:
+            NonFiniteLogitsError: with the row and the step.
+        """
+        sampler, filters = device_sampler(sampling, seed_B)
+        rules = Rules(np.asarray(stop_ids or (-1,), np.int32), np.int32(pad_id))
+        seen_BV = None
+        if filters.repetition_penalty:
+            seen_BV = np.zeros((ids_BT.shape[0], self.config.vocab_size), bool)
+            for row, length in enumerate(lengths_B):
+                seen_BV[row, ids_BT[row, :length]] = True
+        room = cache.kv.keys.shape[3]
+        logits_BV, cache = self.prefill(ids_BT, lengths_B, cache)
+        loop, out = self._first(logits_BV, seen_BV, sampler, rules, cache=cache, filters=filters, logprobs=logprobs)
+        longest, produced = int(max(lengths_B)), 1
+        while True:
+            result = _to_host(out, loop)
+            yield result
+            if produced >= max_new_tokens or result.done_B.all():
+                return
+            active_length = min(bucket(longest + produced + chunk, 128), room)
+            loop, out = self._chunk(
+                self._leaves,
+                sampler,
+                rules,
+                loop=loop,
+                filters=filters,
+                logprobs=logprobs,
+                steps=chunk,
+                active_length=active_length,
+            )
+            if produced + chunk > max_new_tokens:  # the loop has one compiled length: surplus tokens are cut here
+                out = jax.tree.map(lambda array, keep=max_new_tokens - produced: array[:, :keep], out)
+            produced += chunk
+
+
+def _to_host(out, loop: Loop) -> Chunk:
+    (tokens_BN, logprobs_BN, kept_BN), done_B, nonfinite_B = jax.device_get((out, loop.done_B, loop.nonfinite_B))
+    bad = np.flatnonzero(nonfinite_B >= 0)
+    if bad.size:
+        raise NonFiniteLogitsError(
+            f"logits: NaN or infinity at step {nonfinite_B[bad[0]]} of row {bad[0]}; expected finite numbers. Load the "
+            'model with dtype="bfloat16" (float16 overflows above 65504), or check the checkpoint.'
+        )
+    return Chunk(tokens_BN, logprobs_BN, kept_BN, done_B)
+
+
+def _model(structure, leaves) -> Decoder:
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _prompt_step(model: Decoder, ids_BT, lengths_B) -> tuple[Step, Any]:
+    config = model.config
+    alpha_B = dynamic_ntk_alpha(lengths_B, config.seq_length) if config.use_dynamic_ntk else None
+    positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+    start_B = jnp.zeros_like(lengths_B)
+    return Step(rotary(config, positions_BT, alpha_B), start_B, lengths_B), alpha_B
+
+
+def _score(structure, leaves, ids_BT, lengths_B):
+    model = _model(structure, leaves)
+    step, _ = _prompt_step(model, ids_BT, lengths_B)
+    hidden_BTD, _ = model.hidden(ids_BT, step, None)
+    return model.logits(hidden_BTD)
+
+
+def _prefill(structure, leaves, ids_BT, lengths_B, *, cache: CacheState):
+    model = _model(structure, leaves)
+    step, alpha_B = _prompt_step(model, ids_BT, lengths_B)
+    hidden_BTD, kv = model.hidden(ids_BT, step, cache.kv)
+    last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return model.logits(last_BD), CacheState(kv, lengths_B, alpha_B)
+
+
+def _key_rotary(model: Decoder, cache: CacheState):
+    """(cos, sin) over all cache positions, where an 8-bit cache needs them to add key biases; else None."""
+    if not cache.kv.quantized or all(block.attention.key_bias is None for block in model.blocks):
+        return None
+    frequency_BK = inverse_frequency(model.config, cache.ntk_alpha_B)
+    angle_BSK = jnp.arange(cache.kv.keys.shape[3], dtype=jnp.float32)[None, :, None] * frequency_BK[:, None, :]
+    factor = attention_factor(model.config)
+    return jnp.cos(angle_BSK) * factor, jnp.sin(angle_BSK) * factor
+
+
+def _step(model: Decoder, token_B, cache: CacheState, key_rotary, active_length: int):
+    positions_B1 = cache.lengths_B[:, None]
+    lengths_B = cache.lengths_B + 1
+    tables = rotary(model.config, positions_B1, cache.ntk_alpha_B)
+    step = Step(tables, cache.lengths_B, lengths_B, key_rotary, decode=True, active_length=active_length)
+    hidden_BTD, kv = model.hidden(token_B[:, None], step, cache.kv)
+    return model.logits(hidden_BTD[:, 0]), CacheState(kv, lengths_B, cache.ntk_alpha_B)
+
+
+def _decode(structure, leaves, token_B, *, cache: CacheState, active_length: int):
+    model = _model(structure, leaves)
+    return _step(model, token_B, cache, _key_rotary(model, cache), active_length)
+
+
+def _choose(logits_BV, loop: Loop, sampler: Sampler, rules: Rules, filters: Filters, logprobs: bool):
+    """Samples, notes stops and non-finite logits; returns the loop with its new token and what the host gets."""
+    token_B = sample(logits_BV, loop.seen_BV, loop.count_B, sampler, filters)
+    token_B = jnp.where(loop.done_B, rules.pad, token_B)
+    kept_B = ~loop.done_B
+    logprob_B = None
+    if logprobs:
+        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+        logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    bad_B = kept_B & (loop.nonfinite_B < 0) & ~jnp.isfinite(logits_BV).all(-1)
+    seen_BV = loop.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+    return Loop(
+        loop.cache,
+        token_B,
+        loop.done_B | (token_B[:, None] == rules.stop_N).any(-1),
+        loop.count_B + kept_B.astype(jnp.int32),
+        seen_BV,
+        jnp.where(bad_B, loop.count_B, loop.nonfinite_B),
+    ), (token_B, logprob_B, kept_B)
+
+
+def _first(logits_BV, seen_BV, sampler, rules, *, cache: CacheState, filters, logprobs):
+    """The token after the prompt."""
+    B = logits_BV.shape[0]
+    zeros_B = jnp.zeros(B, jnp.int32)
+    loop = Loop(cache, zeros_B, jnp.zeros(B, bool), zeros_B, seen_BV, zeros_B - 1)
+    loop, out = _choose(logits_BV, loop, sampler, rules, filters, logprobs)
+    return loop, jax.tree.map(lambda array_B: array_B[:, None], out)
+
+
+def _chunk(structure, leaves, sampler, rules, *, loop: Loop, filters, logprobs, steps: int, active_length: int):
+    """`steps` more tokens; [B, steps] each of token, logprob and kept."""
+    key_rotary = _key_rotary(_model(structure, leaves), loop.cache)
+
+    def body(loop: Loop, _):
+        # Without the barrier XLA moves work on the weights (unpacking them all) out of the loop: 538 MB for a 135M model.
+        held, token_B = lax.optimization_barrier((leaves, loop.token_B))
+        before = loop.cache
+        logits_BV, cache = _step(_model(structure, held), token_B, before, key_rotary, active_length)
+        # A finished row stays where it is: its slot's length does not grow, whatever was written there is overwritten.
+        lengths_B = jnp.where(loop.done_B, before.lengths_B, cache.lengths_B)
+        cache = CacheState(cache.kv, lengths_B, cache.ntk_alpha_B)
+        return _choose(logits_BV, loop._replace(cache=cache), sampler, rules, filters, logprobs)
+
+    loop, out = lax.scan(body, loop, length=steps)
+    return loop, jax.tree.map(lambda array_NB: array_NB.T, out)

@@ -1,0 +1,81 @@
+"""Linear layers: where a weight's storage (float or packed, stacked over layers, fused or not) is known; nowhere else.
+
+A weight of a decoder layer is stacked over the layers of its block and called with the layer's index, so that kernels
+slice inside and nothing is copied.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.dense_matmul import DenseTensor, dense_matmul
+from pallas_kernels.quantized_matmul import QuantizedTensor, quantized_matmul
+
+nnx.register_data_type(QuantizedTensor)
+nnx.register_data_type(DenseTensor)
+
+
+def at_layer(stacked, layer):
+    """One layer's entry of a small stacked array; the array itself where it is not stacked (`layer` None)."""
+    return stacked if layer is None else stacked[layer]
+
+
+class Linear(nnx.Module):
+    """y = x · W + b over one stored matrix.
+
+    Attributes:
+        weight: QuantizedTensor or DenseTensor of logical shape [*stack, in, out].
+        bias: [*stack, out] or None.
+        axes: logical names of the (in, out) dimensions, resolved in `sharding.py`.
+    """
+
+    def __init__(self, weight: QuantizedTensor | DenseTensor, bias=None, *, axes=(None, None), kernels="auto"):
+        self.weight = weight
+        self.bias = nnx.data(bias)
+        self.axes = tuple(axes)
+        self.kernels = kernels
+
+    def __call__(self, x, layer=None, out_dtype=None):
+        """[..., in] → [..., out] in `out_dtype`, the dtype of x if None; `layer` indexes the stack."""
+        bias_O = None if self.bias is None else at_layer(self.bias, layer)
+        matmul = quantized_matmul if isinstance(self.weight, QuantizedTensor) else dense_matmul
+        x = x if out_dtype is None else x.astype(out_dtype)
+        return matmul(x, self.weight, layer=layer, bias_O=bias_O, kernels=self.kernels)
+
+
+class FusedLinear(nnx.Module):
+    """Several projections of one input, stored as few matrices as their likeness allows.
+
+    Attributes:
+        parts: one Linear for each stored matrix, in the order of the outputs.
+        sizes: for each part the widths of the outputs that lie in it side by side.
+    """
+
+    def __init__(self, parts: list[Linear], sizes: list[tuple[int, ...]]):
+        self.parts = nnx.List(parts)
+        self.sizes = tuple(sizes)
+
+    def __call__(self, x, layer=None):
+        """[..., in] → one [..., width] for each output."""
+        outputs = []
+        for part, widths in zip(self.parts, self.sizes, strict=True):
+            y = part(x, layer)
+            start = 0
+            for width in widths:
+                outputs.append(y[..., start : start + width])
+                start += width
+        return tuple(outputs)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, computed in float32."""
+
+    def __init__(self, scale, epsilon: float):
+        self.scale = nnx.data(scale)
+        self.epsilon = epsilon
+
+    def __call__(self, x, layer=None):
+        """[..., features] → the same shape and dtype."""
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        normed = x32 * (1.0 / jnp.sqrt(mean_square + self.epsilon))
+        return (normed * at_layer(self.scale, layer).astype(jnp.float32)).astype(x.dtype)
