@@ -74,7 +74,7 @@ class CheckpointWeights:
         for names in self._groups(layers.start, path, outputs):
             stored = self._stored(path) if len(self._stored(path)) == 1 else names
             widths = tuple(outputs[name] for name in names)
-            tensors, biases = _Stack(len(layers)), []
+            tensors, biases = Stack(len(layers)), []
             for n, layer in enumerate(layers):
                 modules = [self.checkpoint.read(f"layers.{layer}.{path}.{name}") for name in stored]
                 tensors.put(n, self._pack(_concatenate([module.weight for module in modules])))
@@ -100,7 +100,7 @@ class CheckpointWeights:
 
     def linear(self, path, layers, axes) -> Linear:
         """See `model.Weights`."""
-        tensors, biases = _Stack(len(layers)), []
+        tensors, biases = Stack(len(layers)), []
         for n, layer in enumerate(layers):
             module = self.checkpoint.read(f"layers.{layer}.{path}")
             tensors.put(n, self._pack(module.weight))
@@ -173,7 +173,7 @@ def _concatenate(weights: list):
     )
 
 
-class _Stack:
+class Stack:
     """Alike matrices collected along a leading axis, on the device, allocated once."""
 
     def __init__(self, count: int):

@@ -1,0 +1,103 @@
+"""Random parameters of any dimensions, made on the device, packed as a checkpoint's would be."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dense_matmul import DenseTensor
+from pallas_kernels.quantized_matmul import QuantizedTensor
+from qwen_jax.config import ModelConfig
+from qwen_jax.linear import FusedLinear, Linear, RMSNorm
+from qwen_jax.loading import Stack, pack
+
+
+class RandomWeights:
+    """`model.Weights` without a checkpoint.
+
+    Args:
+        config: the architecture.
+        bits: 16 for float weights, else those of the layers' projections (embedding and head stay 16-bit).
+        group_size: rows a scale.
+        dtype: of activations and float weights.
+        kernels: as in `from_pretrained`.
+        seed: of everything.
+    """
+
+    def __init__(self, config: ModelConfig, *, bits=4, group_size=128, dtype="bfloat16", kernels="auto", seed=0):
+        self.config, self.bits, self.group_size = config, bits, group_size
+        self.dtype, self.kernels = dtype, kernels
+        self._key = jax.random.key(seed)
+
+    def blocks(self) -> list[range]:
+        """See `model.Weights`."""
+        return [range(self.config.num_layers)]
+
+    def fused(self, path, outputs, layers, axes, separate_bias=None):
+        """See `model.Weights`."""
+        config, widths = self.config, tuple(outputs.values())
+        part = self._linear(config.hidden_size, sum(widths), len(layers), axes)
+        separate = None
+        if path == "attention" and config.attention_bias:
+            bias = jax.random.normal(self._next(), (len(layers), sum(widths)), jnp.float32)
+            names = list(outputs)
+            start = sum(widths[: names.index(separate_bias)])
+            stop = start + outputs[separate_bias]
+            separate, part.bias = bias[:, start:stop], bias.at[:, start:stop].set(0)
+        return FusedLinear([part], [widths]), separate
+
+    def linear(self, path, layers, axes) -> Linear:
+        """See `model.Weights`."""
+        config = self.config
+        inputs = config.intermediate_size if path == "mlp.down" else config.num_heads * config.head_dim
+        return self._linear(inputs, config.hidden_size, len(layers), axes)
+
+    def norm(self, path, layers) -> RMSNorm:
+        """See `model.Weights`."""
+        width = self.config.head_dim if path.endswith(("query_norm", "key_norm")) else self.config.hidden_size
+        return RMSNorm(jnp.ones((width,) if layers is None else (len(layers), width)), self.config.norm_epsilon)
+
+    def embedding(self) -> Linear:
+        """See `model.Weights`."""
+        return self._table()
+
+    def head(self) -> Linear | None:
+        """See `model.Weights`."""
+        return None if self.config.tie_word_embeddings else self._table()
+
+    def _next(self):
+        self._key, key = jax.random.split(self._key)
+        return key
+
+    def _table(self) -> Linear:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        weight = pack(_dense(self._next(), shape, self.dtype), self.kernels)
+        return Linear(weight, axes=("hidden", "vocabulary"), kernels=self.kernels)
+
+    def _linear(self, inputs: int, outputs: int, count: int, axes) -> Linear:
+        stack = Stack(count)
+        for layer in range(count):
+            if self.bits == 16:
+                weight = _dense(self._next(), (outputs, inputs), self.dtype)
+            else:
+                weight = _quantized(self._next(), inputs, outputs, self.bits, self.group_size, self.dtype)
+            stack.put(layer, pack(weight, self.kernels))
+        return Linear(stack.value, axes=axes, kernels=self.kernels)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _dense(key, shape, dtype) -> DenseTensor:
+    data = (jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[-1])).astype(dtype)
+    return DenseTensor(data, dtype, shape[-1], "transposed")
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _quantized(key, inputs, outputs, bits, group_size, dtype) -> QuantizedTensor:
+    size = inputs if group_size == -1 else group_size
+    words, groups = -(-inputs * bits // 32), -(-inputs // size)
+    packed = jax.lax.bitcast_convert_type(jax.random.bits(key, (words, outputs), jnp.uint32), jnp.int32)
+    # Uniform integers of deviation 2^bits / √12, scaled so that outputs have about the size of inputs.
+    scale = math.sqrt(12 / inputs) / 2**bits
+    scales = scale * jax.random.uniform(key, (groups, outputs), jnp.float32, 0.8, 1.2)
+    return QuantizedTensor(packed, scales.astype(dtype), None, None, bits, size, inputs)
