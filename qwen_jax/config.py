@@ -25,15 +25,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 # (generation_config.json decides them).
 MEANINGLESS = frozenset(
     """
-    _name_or_path architectures auto_map transformers_version transformers.js_config tokenizer_class model_max_length
-    use_cache initializer_range attention_dropout attn_dropout_prob emb_dropout_prob hidden_dropout dropout classifier_dropout
-    embd_pdrop attn_pdrop resid_pdrop bias_dropout_fusion torchscript use_bfloat16 _attn_implementation attn_implementation
-    _attn_implementation_autoset output_attentions output_hidden_states return_dict chunk_size_feed_forward is_decoder
-    cross_attention_hidden_size tie_encoder_decoder tf_legacy_loss finetuning_task id2label label2id num_labels problem_type
+    _name_or_path architectures auto_map transformers_version transformers.js_config tokenizer_class
+    model_max_length use_cache initializer_range attention_dropout attn_dropout_prob emb_dropout_prob
+    hidden_dropout dropout classifier_dropout embd_pdrop attn_pdrop resid_pdrop bias_dropout_fusion torchscript
+    use_bfloat16 _attn_implementation attn_implementation _attn_implementation_autoset output_attentions
+    output_hidden_states return_dict chunk_size_feed_forward is_decoder cross_attention_hidden_size
+    tie_encoder_decoder tf_legacy_loss finetuning_task id2label label2id num_labels problem_type
     task_specific_params prefix decoder_start_token_id sep_token_id unsloth_version unsloth_fixed pretraining_tp
     is_llama_config onnx_safe bf16 fp16 fp32 params_dtype softmax_in_fp32 use_flash_attn use_cache_kernel
-    use_cache_quantization max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    use_cache_quantization max_length min_length do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens quantization_config compression_config
@@ -216,7 +217,8 @@ def _qwen(keys: JsonKeys) -> dict[str, Any]:
 
 def _qwen2(keys: JsonKeys) -> dict[str, Any]:
     # transformers' Qwen2 has biases always; files of a Llama model in Qwen2's names may say that theirs has none.
-    return {"family": "qwen2", "attention_bias": keys.take(bool, "attention_bias", "qkv_bias", default=True)} | _newer(keys)
+    bias = keys.take(bool, "attention_bias", "qkv_bias", default=True)
+    return {"family": "qwen2", "attention_bias": bias} | _newer(keys)
 
 
 def _llama(keys: JsonKeys) -> dict[str, Any]:
@@ -277,7 +279,8 @@ def _theta(keys: JsonKeys, theta: float | None, name: str, default: float) -> fl
 def _rope(keys: JsonKeys, longest: int, default_theta: float) -> tuple[float, YarnConfig | None]:
     """Theta and YaRN, from rope_theta + rope_scaling (old) or rope_parameters (transformers 5)."""
     scaling = keys.take(dict, "rope_parameters", "rope_scaling", default={})
-    rope = JsonKeys(scaling, f"{keys.where}: {'rope_parameters' if keys.raw.get('rope_parameters') else 'rope_scaling'}")
+    place = "rope_parameters" if keys.raw.get("rope_parameters") else "rope_scaling"
+    rope = JsonKeys(scaling, f"{keys.where}: {place}")
     inside = rope.positive_float("rope_theta", default=None)
     outside = keys.positive_float("rope_theta", default=inside)
     if inside is not None and inside != outside:

@@ -130,7 +130,7 @@ class QuantizationConfig:
         return cls(method=method, raw=dict(raw), where=where, **fields)
 
     def for_module(self, name: str) -> ModuleSettings | None:
-        """The settings of the module with this full name in the file, e.g. "model.layers.0.mlp.up_proj"; None: float."""
+        """The settings of a module by its full name in the file ("model.layers.0.mlp.up_proj"); None if it is float."""
         if self.method == "compressed-tensors":
             return self._from_schemes(name)
         if any(f".{part}." in f".{name}." for part in self.modules_to_not_convert):
@@ -208,7 +208,7 @@ def _gptq(keys: JsonKeys) -> dict[str, Any]:
     bits = _bits(keys, "bits")
     dynamic = _dynamic(keys)
     if file_format == "gptq_p" and 3 in (bits, *(changes.get("bits") for _, changes in dynamic)):
-        raise CheckpointError(f"{keys.where}: 3 bits in checkpoint_format 'gptq_p' are not supported, but in 'gptq' are.")
+        raise CheckpointError(f"{keys.where}: 3 bits are not supported in checkpoint_format 'gptq_p', only in 'gptq'.")
     meta = keys.raw.get("meta")
     quantizer = meta.get("quantizer", "") if isinstance(meta, dict) else ""
     return {

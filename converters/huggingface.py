@@ -1,0 +1,297 @@
+"""A Hugging Face checkpoint folder, float or quantized: checked when opened, read one tensor at a time."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from converters import compressed_tensors, gptq, names
+from converters.safetensors_files import StoredTensor, folder_tensors
+from pallas_kernels.dense_matmul.tensor import DenseTensor
+from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
+from qwen_jax.config import ModelConfig, QuantizationConfig
+from qwen_jax.errors import CheckpointError
+from qwen_jax.json_keys import read_json
+from qwen_jax.quantization_config import ModuleSettings
+
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FORMATS = {"gptq": gptq, "compressed-tensors": compressed_tensors}
+PACKED = {reader.PACKED: method for method, reader in FORMATS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleSpec:
+    """What a module will be once read; equal specs can share one block of stacked layers.
+
+    Attributes:
+        kind: "dense" or "quantized".
+        in_features: rows of the logical matrix.
+        out_features: columns.
+        dtype: of the weight, or of the scales.
+        has_bias: whether it has a bias that is not all zero.
+        bits: None for a dense module, as the next four.
+        group_size: inputs that share a scale, never −1.
+        has_zeros: whether some zero-point is not 2^(bits − 1).
+        has_permutation: whether it has act-order.
+        permutation_digest: equal for equal permutations; None without.
+        zero_convention: "v1" (stored minus 1) or "v2" (as they are).
+    """
+
+    kind: str
+    in_features: int
+    out_features: int
+    dtype: str
+    has_bias: bool
+    bits: int | None = None
+    group_size: int | None = None
+    has_zeros: bool = False
+    has_permutation: bool = False
+    permutation_digest: str | None = None
+    zero_convention: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A matrix and its bias, as NumPy arrays.
+
+    Attributes:
+        weight: QuantizedTensor in layout "gptq" or DenseTensor in layout "transposed".
+        bias: [out]; None where the file has none or an all-zero one.
+    """
+
+    weight: QuantizedTensor | DenseTensor
+    bias: np.ndarray | None = None
+
+
+class Checkpoint:
+    """A Hugging Face folder; opening it reads JSON and headers alone, and checks that names and shapes all fit.
+
+    Attributes:
+        folder: where it lies.
+        config: the architecture.
+        quantization: the quantization settings; None for a float checkpoint.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Opens a folder.
+
+        Raises:
+            CheckpointError: for tensors without a place and parameters without a tensor, shapes, dtypes or quantization
+                settings that contradict each other, damaged or missing files; names the file and the tensor.
+        """
+        self.folder = Path(folder)
+        self.config = ModelConfig.from_folder(self.folder)
+        self.quantization = QuantizationConfig.from_folder(self.folder)
+        self._modules = names.modules(self.config)
+        self._vectors = names.vectors(self.config)
+        self._specs: dict[str, ModuleSpec] = {}
+        self._stored: dict[str, dict[str, StoredTensor]] = {}
+        self._tied_head: StoredTensor | None = None
+        self._place(folder_tensors(self.folder))
+        for path in self._modules:
+            self._check_module(path)
+        for path, length in self._vectors.items():
+            self._check(self._stored[path]["weight"], (length,), FLOATS)
+        raw = read_json(self.folder / "config.json")
+        if not any(raw.get(key) for key in ("dtype", "torch_dtype", "bf16", "fp16", "fp32")):
+            dtype = FLOATS[self._stored["final_norm.scale"]["weight"].dtype]
+            self.config = dataclasses.replace(self.config, dtype=dtype)
+
+    @property
+    def paths(self) -> list[str]:
+        """Our paths of all modules and vectors."""
+        return [*self._modules, *self._vectors]
+
+    def nbytes(self, path: str) -> int:
+        """Bytes that a module or vector takes in the files."""
+        return sum(tensor.nbytes for tensor in self._stored[path].values())
+
+    def spec(self, path: str) -> ModuleSpec:
+        """What `read(path)` will give; reads zero-points, group indices and bias, not the weight."""
+        if path not in self._specs:
+            self._specs[path] = self._spec(path)
+        return self._specs[path]
+
+    def read(self, path: str) -> Module:
+        """A module's arrays, e.g. "layers.0.mlp.up"; the embedding is a matrix of logical shape [D, V].
+
+        Raises:
+            CheckpointError: if the tensors contradict the settings.
+        """
+        stored, (in_features, _) = self._parts(path), self._modules[path]
+        bias = self._bias(path)
+        if "weight" in stored:
+            if path == "embedding" and self._tied_head is not None:
+                _refuse_unequal(stored["weight"], self._tied_head)
+            data = stored["weight"].read()
+            return Module(DenseTensor(data, FLOATS[stored["weight"].dtype], in_features, "transposed"), bias)
+        reader, settings = self._format(path)
+        parts = {name: tensor.read() for name, tensor in stored.items() if name != "bias"}
+        return Module(reader.read(parts, settings, self.quantization, in_features, self._where(path)), bias)
+
+    def read_vector(self, path: str) -> np.ndarray:
+        """A norm's scale, e.g. "layers.0.attention_norm.scale", in the file's dtype."""
+        if path not in self._vectors:
+            raise ValueError(f"{path!r} is no vector of this model, expected e.g. 'final_norm.scale'.")
+        return self._stored[path]["weight"].read()
+
+    def _place(self, tensors: dict[str, StoredTensor]) -> None:
+        """Sorts the file's tensors by our paths and refuses what has no place or is missing."""
+        homeless = []
+        for name, tensor in tensors.items():
+            found = names.ours(self.config.family, name)
+            if found is not None and (found[0] in self._modules or found[0] in self._vectors):
+                self._stored.setdefault(found[0], {})[found[1]] = tensor
+            elif found == ("lm_head", "weight"):
+                self._tied_head = tensor
+            elif not names.is_buffer(name):
+                homeless.append(name)
+        empty = [
+            f"{names.theirs(self.config.family, path)}.weight"
+            for path in (*self._modules, *self._vectors)
+            if not any(name in self._stored.get(path, {}) for name in ("weight", *PACKED))
+        ]
+        if "lm_head.weight" in empty and "weight" in self._stored.get("embedding", {}):
+            raise CheckpointError(
+                f"{self.folder}: lm_head.weight is missing, but tie_word_embeddings is false in config.json; if the head "
+                "is the embedding, set it to true."
+            )
+        if homeless or empty:
+            raise CheckpointError(
+                f"{self.folder}: tensors without a place: {_some(homeless)}; parameters without a tensor: {_some(empty)}; "
+                f"expected those of a {self.config.family} model of {self.config.num_layers} layers."
+            )
+        if self._tied_head is not None:
+            self._check(self._tied_head, self._stored["embedding"]["weight"].shape, FLOATS)
+
+    def _where(self, path: str) -> str:
+        return f"{self.folder}: {names.theirs(self.config.family, path)}"
+
+    def _parts(self, path: str) -> dict[str, StoredTensor]:
+        if path not in self._modules:
+            raise ValueError(f"{path!r} is no matrix of this model, expected e.g. 'layers.0.mlp.up'.")
+        return self._stored[path]
+
+    def _format(self, path: str):
+        """The reader of a quantized module's format, and its settings."""
+        config = self.quantization
+        settings = config and config.for_module(names.theirs(self.config.family, path))
+        assert config is not None and settings is not None  # _check_module has refused everything else
+        return FORMATS[config.method], settings
+
+    def _check_module(self, path: str) -> None:
+        """Refuses a module whose tensors and settings do not agree."""
+        stored, (in_features, out_features), where = self._stored[path], self._modules[path], self._where(path)
+        methods = [method for name, method in PACKED.items() if name in stored]
+        config = self.quantization
+        settings = config.for_module(names.theirs(self.config.family, path)) if config else None
+        if methods and "weight" in stored:
+            raise CheckpointError(f"{where}: has both weight and {FORMATS[methods[0]].PACKED}, expected one of them.")
+        if methods and config is None:
+            raise CheckpointError(
+                f"{where}: is quantized, but neither quantize_config.json nor config.json's quantization_config is there; "
+                "one of them must tell bits and group_size."
+            )
+        if methods and (settings is None or methods[0] != config.method):
+            what = "a float module" if settings is None else f"quant_method {config.method!r}"
+            raise CheckpointError(
+                f"{where}: the file holds {FORMATS[methods[0]].PACKED}, but by {config.where} it is {what}; "
+                "correct the settings (dynamic, modules_in_block_to_quantize, lm_head, ignore)."
+            )
+        if settings is not None and not methods:
+            raise CheckpointError(
+                f"{where}: the file holds a float weight, but by {settings.rule} it has {settings.bits} bits; correct the "
+                "settings (dynamic, modules_in_block_to_quantize, lm_head, ignore)."
+            )
+        expected: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
+        hint = ""
+        if settings is not None:
+            reader = FORMATS[config.method]
+            expected = reader.shapes(settings, in_features, out_features)
+            missing = [name for name in reader.required(settings) if name not in stored]
+            if missing:
+                raise CheckpointError(f"{where}: has no {', '.join(missing)}, which {config.method} needs.")
+            group_size, groups = gptq.group_size_and_count(settings, in_features)
+            hint = (
+                f" for {settings.bits} bits and ceil({in_features} / {group_size}) = {groups} groups by {settings.rule}"
+            )
+        self._check_bias(path, out_features)
+        for name, tensor in stored.items():
+            if name == "bias":
+                continue
+            if name not in expected:
+                raise CheckpointError(f"{tensor.file}: {tensor.name}: has no place in this module.")
+            kinds = FLOATS if name in ("weight", "scales", "weight_scale") else ("I32", "I64", "I8")
+            self._check(tensor, expected[name], kinds, hint)
+
+    def _check(self, tensor: StoredTensor, shape: tuple[int, ...], dtypes, hint: str = "") -> None:
+        if tensor.dtype not in dtypes:
+            raise CheckpointError(f"{tensor.file}: {tensor.name}: dtype {tensor.dtype}, expected {', '.join(dtypes)}.")
+        if tensor.shape != shape:
+            source = hint or f" by {self.folder / 'config.json'}"
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name}: shape {list(tensor.shape)}, expected {list(shape)}{source}."
+            )
+
+    def _check_bias(self, path: str, out_features: int) -> None:
+        stored, may_have = self._stored[path], names.may_have_bias(self.config, path)
+        if "bias" not in stored:
+            if may_have:
+                raise CheckpointError(
+                    f"{self._where(path)}.bias: is missing, but a {self.config.family} model has it; set attention_bias to "
+                    "false in config.json if it has not."
+                )
+            return
+        self._check(stored["bias"], (out_features,), FLOATS)
+        if not may_have and stored["bias"].read().any():
+            raise CheckpointError(
+                f"{stored['bias'].file}: {stored['bias'].name}: is not zero, but a {self.config.family} model has no bias "
+                "there."
+            )
+
+    def _bias(self, path: str) -> np.ndarray | None:
+        tensor = self._stored[path].get("bias")
+        bias = None if tensor is None else tensor.read()
+        return bias if bias is not None and bias.any() else None
+
+    def _spec(self, path: str) -> ModuleSpec:
+        stored, (in_features, out_features) = self._parts(path), self._modules[path]
+        has_bias = self._bias(path) is not None
+        if "weight" in stored:
+            return ModuleSpec("dense", in_features, out_features, FLOATS[stored["weight"].dtype], has_bias)
+        (reader, settings), where = self._format(path), self._where(path)
+        parts = {
+            name: tensor.read() for name, tensor in stored.items() if name not in ("bias", "scales", reader.PACKED)
+        }
+        zeros, convention = reader.read_zeros(parts, settings, self.quantization, out_features, where)
+        permutation = reader.read_permutation(parts, settings, in_features, where)
+        return ModuleSpec(
+            kind="quantized",
+            in_features=in_features,
+            out_features=out_features,
+            dtype=FLOATS[stored[reader.SCALES].dtype],
+            has_bias=has_bias,
+            bits=settings.bits,
+            group_size=gptq.group_size_and_count(settings, in_features)[0],
+            has_zeros=zeros is not None,
+            has_permutation=permutation is not None,
+            permutation_digest=None if permutation is None else hashlib.sha256(permutation.tobytes()).hexdigest()[:16],
+            zero_convention=convention,
+        )
+
+
+def _refuse_unequal(embedding: StoredTensor, head: StoredTensor) -> None:
+    """A tied head that is stored all the same must be the embedding; compared a few rows at a time."""
+    for start in range(0, embedding.shape[0], 4096):
+        rows = slice(start, start + 4096)
+        if not np.array_equal(embedding.read(rows), head.read(rows).astype(embedding.numpy_dtype)):
+            raise CheckpointError(
+                f"{head.file}: lm_head.weight is not {embedding.name}, but tie_word_embeddings is true in config.json; set it to "
+                "false if the head is one of its own."
+            )
+
+
+def _some(found: list[str], limit: int = 5) -> str:
+    more = f" and {len(found) - limit} more" if len(found) > limit else ""
+    return (", ".join(found[:limit]) or "none") + more
