@@ -64,8 +64,8 @@ def read_zeros(
         )
         if by_data not in (None, convention):
             logger.warning(
-                "%s.qzeros: every stored value is %d, so the zero-points of this symmetric file are stored %s, although "
-                "checkpoint_format is %r; read as stored.",
+                "%s.qzeros: every stored value is %d, so this symmetric module's zero-points are stored %s, although "
+                "checkpoint_format is %r; read so.",
                 where,
                 stored.flat[0],
                 "as they are" if by_data == "v2" else "minus 1",
@@ -190,9 +190,7 @@ def write(weight: QuantizedTensor, config: QuantizationConfig) -> dict[str, np.n
     minus_one = config.checkpoint_format == "gptq"
     borrow = minus_one and _borrows(config, bits)
     if minus_one and not zeros.all():
-        logger.warning(
-            "A zero-point of 0 in checkpoint_format 'gptq': some readers take it for 2^bits; prefer gptq_v2."
-        )
+        logger.warning("A zero-point of 0 in checkpoint_format 'gptq': some readers take it for 2^bits; use gptq_v2.")
     stored = zeros if borrow or not minus_one else (zeros - 1) & ((1 << bits) - 1)
     qzeros = np.ascontiguousarray(layout.pack(stored.T, bits).T)
     if borrow:

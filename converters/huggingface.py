@@ -13,7 +13,6 @@ from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 from qwen_jax.config import ModelConfig, QuantizationConfig
 from qwen_jax.errors import CheckpointError
 from qwen_jax.json_keys import read_json
-from qwen_jax.quantization_config import ModuleSettings
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FORMATS = {"gptq": gptq, "compressed-tensors": compressed_tensors}
@@ -154,13 +153,13 @@ class Checkpoint:
         ]
         if "lm_head.weight" in empty and "weight" in self._stored.get("embedding", {}):
             raise CheckpointError(
-                f"{self.folder}: lm_head.weight is missing, but tie_word_embeddings is false in config.json; if the head "
-                "is the embedding, set it to true."
+                f"{self.folder}: lm_head.weight is missing, but tie_word_embeddings is false in config.json; set it to "
+                "true if the head is the embedding."
             )
         if homeless or empty:
             raise CheckpointError(
-                f"{self.folder}: tensors without a place: {_some(homeless)}; parameters without a tensor: {_some(empty)}; "
-                f"expected those of a {self.config.family} model of {self.config.num_layers} layers."
+                f"{self.folder}: tensors without a place: {_some(homeless)}; parameters without a tensor: "
+                f"{_some(empty)}; expected those of a {self.config.family} model of {self.config.num_layers} layers."
             )
         if self._tied_head is not None:
             self._check(self._tied_head, self._stored["embedding"]["weight"].shape, FLOATS)
@@ -190,8 +189,8 @@ class Checkpoint:
             raise CheckpointError(f"{where}: has both weight and {FORMATS[methods[0]].PACKED}, expected one of them.")
         if methods and config is None:
             raise CheckpointError(
-                f"{where}: is quantized, but neither quantize_config.json nor config.json's quantization_config is there; "
-                "one of them must tell bits and group_size."
+                f"{where}: is quantized, but there is neither quantize_config.json nor config.json's "
+                "quantization_config; one of them must tell bits and group_size."
             )
         if methods and (settings is None or methods[0] != config.method):
             what = "a float module" if settings is None else f"quant_method {config.method!r}"
@@ -201,8 +200,8 @@ class Checkpoint:
             )
         if settings is not None and not methods:
             raise CheckpointError(
-                f"{where}: the file holds a float weight, but by {settings.rule} it has {settings.bits} bits; correct the "
-                "settings (dynamic, modules_in_block_to_quantize, lm_head, ignore)."
+                f"{where}: the file holds a float weight, but by {settings.rule} it has {settings.bits} bits; "
+                "correct the settings (dynamic, modules_in_block_to_quantize, lm_head, ignore)."
             )
         expected: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
         hint = ""
@@ -239,15 +238,15 @@ class Checkpoint:
         if "bias" not in stored:
             if may_have:
                 raise CheckpointError(
-                    f"{self._where(path)}.bias: is missing, but a {self.config.family} model has it; set attention_bias to "
-                    "false in config.json if it has not."
+                    f"{self._where(path)}.bias: is missing, but a {self.config.family} model has it; set "
+                    "attention_bias to false in config.json if it has not."
                 )
             return
         self._check(stored["bias"], (out_features,), FLOATS)
         if not may_have and stored["bias"].read().any():
             raise CheckpointError(
-                f"{stored['bias'].file}: {stored['bias'].name}: is not zero, but a {self.config.family} model has no bias "
-                "there."
+                f"{stored['bias'].file}: {stored['bias'].name}: is not zero, but a {self.config.family} model has no "
+                "bias there."
             )
 
     def _bias(self, path: str) -> np.ndarray | None:
@@ -287,8 +286,8 @@ def _refuse_unequal(embedding: StoredTensor, head: StoredTensor) -> None:
         rows = slice(start, start + 4096)
         if not np.array_equal(embedding.read(rows), head.read(rows).astype(embedding.numpy_dtype)):
             raise CheckpointError(
-                f"{head.file}: lm_head.weight is not {embedding.name}, but tie_word_embeddings is true in config.json; set it to "
-                "false if the head is one of its own."
+                f"{head.file}: lm_head.weight is not {embedding.name}, but tie_word_embeddings is true in config.json; "
+                "set it to false if the head is one of its own."
             )
 
 

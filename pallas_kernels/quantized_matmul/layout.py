@@ -62,7 +62,8 @@ def unpack(packed: Any, bits: int, in_features: int) -> np.ndarray:
     *stack, rows, out_features = packed.shape
     if rows != words(in_features, bits):
         raise ValueError(
-            f"packed has {rows} rows of words, expected {words(in_features, bits)} for {in_features} inputs of {bits} bits."
+            f"packed has {rows} rows of words, expected {words(in_features, bits)} for {in_features} inputs of {bits} "
+            "bits."
         )
     q_IO = np.empty((*stack, in_features, out_features), np.uint8)
     mask = np.uint32((1 << bits) - 1)
