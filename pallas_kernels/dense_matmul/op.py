@@ -58,12 +58,15 @@ def embedding_lookup(weight: DenseTensor, ids: jax.Array) -> jax.Array:
 
 
 def prepack(weight: DenseTensor, kernels: str = "auto", chip: str | None = None) -> DenseTensor:
-    """The same weight in the layout that is fastest on `chip`; `unpack` goes back exactly."""
+    """The same weight in the layout that decodes fastest on `chip`; `unpack` goes back exactly.
+
+    On a CPU pairs of 16-bit rows, or plain float32 rows; elsewhere the layout it comes in.
+    """
     del kernels
     chip = default_chip() if chip is None else chip
-    if chip == "cpu" and weight.dtype in layout.SIXTEEN_BITS and weight.in_features % 2 == 0:
-        return layout.to_row_pairs(weight)
-    return weight
+    if chip != "cpu" or weight.in_features % 2:
+        return weight
+    return layout.to_row_pairs(weight) if weight.dtype in layout.SIXTEEN_BITS else layout.to_plain(weight)
 
 
 def unpack(weight: DenseTensor) -> DenseTensor:

@@ -1,11 +1,21 @@
-"""Quantized matmul in plain XLA: the kernel that takes every shape, on CPUs, older GPUs and as the last resort."""
+"""Quantized matmul in plain XLA: the kernel that takes every shape, on CPUs, older GPUs and as the last resort.
+
+Three forms. On a CPU, for few rows, the file's own words are decoded in registers (`block_sums`); for many, one layer
+at a time is dequantized to float32, the only type whose `dot` XLA does not copy first. Elsewhere the dequantization, from
+integers of the weight's own width, is left to XLA to fuse into a dot of x's type.
+"""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from pallas_kernels import block_sums
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
+
+# Rows of the matrix that fill whole words: 8 of 4 bits in one, 32 of 3 bits in three.
+UNITS = {2: 16, 3: 32, 4: 8, 8: 4}
 
 
 def unsupported(shape: MatmulShape, chip: str) -> str | None:
@@ -18,48 +28,121 @@ def unsupported(shape: MatmulShape, chip: str) -> str | None:
 
 def form(shape: MatmulShape, chip: str) -> str:
     """How `run` computes `shape` on `chip`."""
-    del shape, chip
-    return "dequantize, then float32 dot"
+    if chip != "cpu":
+        return f"dequantized inside a {shape.dtype} dot"
+    if shape.rows <= block_sums.MAX_ROWS and _block_rows(shape):
+        return "packed words decoded in registers"
+    return "a layer at a time dequantized for a float32 dot"
 
 
 def run(x_MI: jax.Array, weight: QuantizedTensor, layer, bias_O, chip: str) -> jax.Array:
     """[M, O] in x's dtype; x's columns are already in the order of the stored rows."""
-    del chip
-    weight_IO = dequantize(weight, layer, jnp.float32)
-    result_MO = jnp.dot(x_MI.astype(jnp.float32), weight_IO, precision=lax.Precision.HIGHEST)
+    rows = _block_rows(weight)
+    if chip != "cpu":
+        exact = x_MI.dtype == jnp.float32
+        result_MO = jnp.dot(
+            x_MI,
+            dequantize(weight, layer, x_MI.dtype, narrow=True),
+            precision=lax.Precision.HIGHEST if exact else None,
+            preferred_element_type=jnp.float32,
+        )
+    elif x_MI.shape[0] <= block_sums.MAX_ROWS and rows:
+        result_MO = _words(x_MI.astype(jnp.float32), weight, layer, rows)
+    else:
+        result_MO = x_MI.astype(jnp.float32) @ dequantize(weight, layer, jnp.float32, narrow=False)
     if bias_O is not None:
         result_MO = result_MO + bias_O.astype(jnp.float32)
     return result_MO.astype(x_MI.dtype)
 
 
-def dequantize(weight: QuantizedTensor, layer, dtype) -> jax.Array:
-    """[in, out] of one layer, rows in their stored order: scale · (q − zero), computed in float32."""
-    packed, scales, zeros = (
-        array if array is None or layer is None else lax.dynamic_index_in_dim(jnp.asarray(array), layer, 0, False)
-        for array in (weight.packed, weight.scales, weight.zeros)
-    )
-    q_IO = unpack_rows(jnp.asarray(packed), weight.bits, weight.in_features)
-    groups, size = weight.groups, weight.group_size
+def _block_rows(weight: MatmulShape | QuantizedTensor) -> int | None:
+    """Rows of a block that share a scale and fill whole words, None if there is no such block."""
+    return block_sums.block_rows(UNITS[weight.bits], weight.in_features, weight.group_size)
+
+
+def _words(x_MI, weight: QuantizedTensor, layer, rows: int):
+    """Σ over blocks of scale · (Σ x·q − zero · Σ x), q unsigned as stored."""
+    bits, blocks = weight.bits, weight.in_features // rows
+    start = np.arange(rows) * bits % 32
+    # A field inside a word is masked where it lies and x divided by 2^start; one that reaches the sign bit, or crosses
+    # into the next word, is shifted down.
+    masked = start + bits < 32
+    factors = np.where(masked, 2.0**-start, 1.0).astype(np.float32)
+
+    def terms(load):
+        for row in range(rows):
+            word, shift = load(row * bits // 32), int(start[row])
+            if masked[row]:
+                field = word & jnp.int32((2**bits - 1) << shift)
+            else:
+                field = lax.shift_right_logical(word, jnp.int32(shift))
+                if shift + bits > 32:
+                    above = load(row * bits // 32 + 1) << (32 - shift)
+                    field = (field | above) & (2**bits - 1)
+            yield field.astype(jnp.float32)
+
+    repeat = weight.group_size // rows
+    x_sum_bM = jnp.swapaxes(x_MI.reshape(-1, blocks, rows).sum(-1), 0, 1)
+
+    def blockwise(array):
+        """float32 [blocks, 1, out]: each group's entry for every block in it."""
+        array = _layer(array, layer).astype(jnp.float32)
+        wide = jnp.broadcast_to(array[:, None], (array.shape[0], repeat, array.shape[1]))
+        return wide.reshape(-1, array.shape[1])[:blocks, None]
+
+    def finish(total_bMO):
+        zero = float(2 ** (bits - 1)) if weight.zeros is None else blockwise(weight.zeros)
+        return (total_bMO - zero * x_sum_bM[:, :, None]) * blockwise(weight.scales)
+
+    return block_sums.block_sums(x_MI, weight.packed, layer, rows, rows * bits // 32, factors, terms, finish)
+
+
+def dequantize(weight: QuantizedTensor, layer, dtype, narrow: bool) -> jax.Array:
+    """[in, out] of one layer, rows in their stored order: scale · (q − zero), computed in float32.
+
+    `narrow`: 4- and 8-bit integers go through jnp.int4 and int8, which XLA on GPU and TPU fuses into a dot; on a CPU
+    it would unpack them to memory first.
+    """
+    packed = _layer(weight.packed, layer)
+    bits, groups, size = weight.bits, weight.groups, weight.group_size
+    middle = 2 ** (bits - 1)
+    fields = _narrow_fields(packed, bits) if narrow and bits in (4, 8) else _fields(packed, bits)
+    q_IO = fields.reshape(-1, weight.out_features)[: weight.in_features]
     padding = groups * size - weight.in_features
     if padding:
         q_IO = jnp.pad(q_IO, ((0, padding), (0, 0)))
-    q = q_IO.reshape(groups, size, -1)
-    zero = jnp.int32(2 ** (weight.bits - 1)) if zeros is None else jnp.asarray(zeros)[:, None].astype(jnp.int32)
-    weight_IO = (q - zero).astype(jnp.float32) * jnp.asarray(scales)[:, None].astype(jnp.float32)
+    values = q_IO.reshape(groups, size, -1).astype(jnp.float32)
+    if weight.zeros is not None:
+        values = values - (_layer(weight.zeros, layer).astype(jnp.float32) - middle)[:, None]
+    weight_IO = values * _layer(weight.scales, layer).astype(jnp.float32)[:, None]
     return weight_IO.reshape(groups * size, -1)[: weight.in_features].astype(dtype)
 
 
-def unpack_rows(packed: jax.Array, bits: int, rows: int) -> jax.Array:
-    """int32 [rows, out] from the bit streams [ceil(rows · bits / 32), out]."""
-    if bits in (2, 4, 8):
-        shape = (packed.shape[0], 32 // bits, packed.shape[-1])
-        shifts = lax.broadcasted_iota(jnp.int32, shape, 1) * bits
-        fields = lax.shift_right_logical(jnp.broadcast_to(packed[:, None], shape), shifts)
-        return (fields & (2**bits - 1)).reshape(-1, packed.shape[-1])[:rows]
-    start = jnp.arange(rows, dtype=jnp.int32) * bits
-    word, shift = start // 32, start % 32
-    low = lax.shift_right_logical(packed[word], jnp.broadcast_to(shift[:, None], (rows, packed.shape[-1])))
-    following = packed[jnp.minimum(word + 1, packed.shape[0] - 1)]
-    # A field that crosses into the next word; (x << 1) << (31 − s) is x << (32 − s) without a shift by 32.
-    high = (following << 1) << (31 - shift)[:, None]
-    return (low | high) & (2**bits - 1)
+def _narrow_fields(packed, bits: int):
+    """q − 2^(bits − 1) as int4 or int8 [words, fields, out]: inverting a field's top bit makes it two's complement."""
+    flipped = packed ^ jnp.int32(np.uint32(0x88888888 if bits == 4 else 0x80808080).view(np.int32))
+    return jnp.swapaxes(lax.bitcast_convert_type(flipped, jnp.int4 if bits == 4 else jnp.int8), 1, 2)  # low field first
+
+
+def _fields(packed, bits: int):
+    """q − 2^(bits − 1) as int32 [bit streams of one word (3 bits: of three), fields, out]."""
+    words = 3 if bits == 3 else 1
+    padding = -packed.shape[0] % words
+    if padding:
+        packed = jnp.pad(packed, ((0, padding), (0, 0)))
+    packed = packed.reshape(-1, words, packed.shape[1])
+    start = np.arange(words * 32 // bits) * bits
+    word, shift = start // 32, jnp.asarray(start % 32, jnp.int32)[:, None]
+    source = packed[:, word] if words > 1 else packed
+    shape = (packed.shape[0], len(start), packed.shape[2])
+    fields = lax.shift_right_logical(jnp.broadcast_to(source, shape), jnp.broadcast_to(shift, shape))
+    if words > 1:
+        # A field that crosses into the next word; (w << 1) << (31 − s) is w << (32 − s) without a shift by 32.
+        following = packed[:, np.minimum(word + 1, words - 1)]
+        fields = fields | ((following << 1) << (31 - shift))
+    return (fields & (2**bits - 1)) - 2 ** (bits - 1)
+
+
+def _layer(array, layer):
+    array = jnp.asarray(array)
+    return array if layer is None else lax.dynamic_index_in_dim(array, layer, 0, keepdims=False)
