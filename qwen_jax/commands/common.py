@@ -1,0 +1,102 @@
+"""Options that several commands share, and how their results and errors are printed."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from ..causal_lm import QwenForCausalLM
+    from ..tokenizer import Tokenizer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]  # acted on in cli.main
+Model = Annotated[str, typer.Argument(help="A folder (Hugging Face or converted) or a Hub id.", metavar="MODEL")]
+Dtype = Annotated[str, typer.Option(help="Of activations: auto, float32, bfloat16 or float16.", metavar="DTYPE")]
+Kernels = Annotated[str, typer.Option(help="auto, or one for all operations: xla, mosaic_gpu, …", metavar="NAME")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens the KV cache holds (prompt and answer).", min=1)]
+Kv8 = Annotated[bool, typer.Option("--kv8/--kv16", help="Keep the KV cache in 8 or in 16 (on CPU 32) bits.")]
+LmHead = Annotated[str | None, typer.Option(help="int8: round the output head to 8 bits.", metavar="int8")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer.", min=1)]
+Temperature = Annotated[float | None, typer.Option(help="Of sampling; 0 takes the most probable token.")]
+TopP = Annotated[float | None, typer.Option(help="Sample among tokens of this total probability.")]
+TopK = Annotated[int | None, typer.Option(help="Sample among this many tokens; 0 for all.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 avoids tokens that came before.")]
+Seed = Annotated[int, typer.Option(help="Of the random numbers; the same seed gives the same text.")]
+
+
+def load(name: str | Path, **settings: Any) -> tuple["QwenForCausalLM", "Tokenizer"]:
+    """Model and tokenizer, with the persistent compilation cache switched on; arguments as `from_pretrained`."""
+    from .. import AutoTokenizer, QwenForCausalLM, compilation_cache
+
+    compilation_cache.enable()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    with status(f"Loading {name}"):
+        return QwenForCausalLM.from_pretrained(name, **settings), tokenizer
+
+
+def status(text: str):
+    """A spinner on standard error while the block runs; nothing where that is not a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A function (step, done, total) that draws one bar a step on standard error; a line a step without a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def update(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=total)
+                if not console.is_terminal:
+                    print(f"{step} …", file=sys.stderr, flush=True)
+            bars.update(tasks[step], completed=done, total=total)
+
+        yield update
+
+
+def sampling_arguments(
+    temperature: float | None, top_p: float | None, top_k: int | None, repetition_penalty: float | None
+) -> dict[str, Any]:
+    """Arguments for `generate` and `chat`, of the options that were given; a temperature of 0 means greedy."""
+    given: dict[str, Any] = {"top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty}
+    if temperature is not None:
+        given |= {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One JSON object on one line of standard output."""
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+class Typewriter:
+    """Prints a text that grows: each call gets the whole text so far and writes what is new (nowhere: stream None)."""
+
+    def __init__(self, stream: TextIO | None = sys.stdout):
+        self.stream, self.text = stream, ""
+
+    def __call__(self, text: str) -> None:
+        if self.stream:
+            self.stream.write(text[len(self.text) :])
+            self.stream.flush()
+        self.text = text
+
+    def end(self) -> str:
+        """Ends the line and returns the whole text."""
+        if self.stream:
+            self.stream.write("\n")
+            self.stream.flush()
+        return self.text

@@ -1,0 +1,59 @@
+"""`qwen-jax generate`: continues a text."""
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from . import common
+from .common import Typewriter, print_json, sampling_arguments
+
+EXAMPLES = """
+qwen-jax generate ./Qwen2.5-7B-GPTQ-Int4 "def fibonacci(n):" --temperature 0 --max-new-tokens 64
+echo "Once upon a time" | qwen-jax generate ./Qwen2.5-7B-GPTQ-Int4 - --json
+"""
+
+
+def run(
+    model: common.Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    max_new_tokens: common.MaxNewTokens = 256,
+    temperature: common.Temperature = None,
+    top_p: common.TopP = None,
+    top_k: common.TopK = None,
+    repetition_penalty: common.RepetitionPenalty = None,
+    seed: common.Seed = 0,
+    kv8: common.Kv8 = False,
+    dtype: common.Dtype = "auto",
+    kernels: common.Kernels = "auto",
+    max_length: common.MaxLength = None,
+    lm_head: common.LmHead = None,
+    json: common.Json = False,
+    debug: common.Debug = False,
+):
+    """Continue a text, without a chat template."""
+    from ..text_stream import TextStream
+
+    if prompt == "-":
+        prompt = sys.stdin.read().rstrip("\n")
+    language_model, tokenizer = common.load(
+        model, use_cache_quantization=kv8, dtype=dtype, kernels=kernels, max_length=max_length, lm_head=lm_head
+    )
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("PROMPT: is empty, expected at least one character. Give a text to continue.")
+    text, typewriter = TextStream(tokenizer), Typewriter(None if json else sys.stdout)
+    if not json:
+        sys.stdout.write(prompt)
+    start, tokens = time.perf_counter(), 0
+    settings = sampling_arguments(temperature, top_p, top_k, repetition_penalty)
+    for chunk in language_model.stream([ids], max_new_tokens=max_new_tokens, seed=seed, **settings):
+        new = chunk.tokens_BN[0][chunk.kept_BN[0]].tolist()
+        tokens += len(new)
+        typewriter(text.push(new))
+    typewriter(text.finish())
+    typewriter.end()
+    if json:
+        seconds = round(time.perf_counter() - start, 3)
+        print_json({"prompt": prompt, "text": text.text, "new_tokens": tokens, "seconds": seconds})
