@@ -1,4 +1,4 @@
-"""Layouts of a dense matrix: permutations of the same bits. NumPy arrays stay on the host, JAX arrays on their device."""
+"""Layouts of a dense matrix, permutations of the same bits. NumPy arrays stay NumPy (contiguous), JAX arrays JAX."""
 
 import dataclasses
 
@@ -15,18 +15,12 @@ def to_transposed(weight: DenseTensor) -> DenseTensor:
     """The same matrix in layout "transposed", as files hold it."""
     if weight.layout == "transposed":
         return weight
-    return _replace(weight, _swap(to_plain(weight).data), "transposed")
+    return _replace(weight, _swap(_plain(weight)), "transposed")
 
 
 def to_plain(weight: DenseTensor) -> DenseTensor:
     """The same matrix in layout "plain"."""
-    if weight.layout == "transposed":
-        return _replace(weight, _swap(weight.data), "plain")
-    if weight.layout == "row_pairs":
-        halves = _bitcast(weight.data[..., None], jnp.dtype(weight.dtype))  # [..., in / 2, out, 2], low half first
-        rows = _swap(halves).reshape(*weight.stack, weight.in_features, weight.out_features)
-        return _replace(weight, rows, "plain")
-    return weight
+    return weight if weight.layout == "plain" else _replace(weight, _plain(weight), "plain")
 
 
 def to_row_pairs(weight: DenseTensor) -> DenseTensor:
@@ -42,11 +36,22 @@ def to_row_pairs(weight: DenseTensor) -> DenseTensor:
             f"layout 'row_pairs' holds bfloat16 or float16 and an even number of rows, got {weight.dtype} and "
             f"{weight.in_features}. Keep layout {weight.layout!r}."
         )
-    pairs = to_plain(weight).data.reshape(*weight.stack, weight.in_features // 2, 2, weight.out_features)
+    pairs = _plain(weight).reshape(*weight.stack, weight.in_features // 2, 2, weight.out_features)
     return _replace(weight, _bitcast(_swap(pairs), jnp.dtype("int32"))[..., 0], "row_pairs")
 
 
+def _plain(weight: DenseTensor):
+    """[*stack, in, out], a view where NumPy can give one."""
+    if weight.layout == "transposed":
+        return _swap(weight.data)
+    if weight.layout == "row_pairs":
+        halves = _bitcast(weight.data[..., None], jnp.dtype(weight.dtype))  # [..., in / 2, out, 2], low half first
+        return _swap(halves).reshape(*weight.stack, weight.in_features, weight.out_features)
+    return weight.data
+
+
 def _replace(weight: DenseTensor, data, layout: str) -> DenseTensor:
+    data = np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data
     return dataclasses.replace(weight, data=data, layout=layout)
 
 

@@ -1,8 +1,8 @@
 """Quantized matmul in plain XLA: the kernel that takes every shape, on CPUs, older GPUs and as the last resort.
 
 Three forms. On a CPU, for few rows, the file's own words are decoded in registers (`block_sums`); for many, one layer
-at a time is dequantized to float32, the only type whose `dot` XLA does not copy first. Elsewhere the dequantization, from
-integers of the weight's own width, is left to XLA to fuse into a dot of x's type.
+at a time is dequantized to float32, the only type whose `dot` XLA does not copy first. Elsewhere the dequantization,
+from integers of the weight's own width, is left to XLA to fuse into a dot of x's type.
 """
 
 import jax
