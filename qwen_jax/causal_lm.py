@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax import checkpoint_store
+from qwen_jax import checkpoint_store, conversation
 from qwen_jax.config import ModelConfig
 from qwen_jax.generation import CHUNK, Chunk, Programs, bucket
 from qwen_jax.generation_config import GenerationConfig
+from qwen_jax.inputs import align, check_ids, pad
 from qwen_jax.kv_cache import CacheState, KVCache, bytes_per_token
 from qwen_jax.model import Decoder
 from qwen_jax.sampling import SamplingConfig
+from qwen_jax.text_stream import TextStream
 
 logger = logging.getLogger("qwen_jax")
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEFAULT_ROOM = 4096  # tokens a cache of `prefill` holds when nothing is said: the model's context, but no more than this
+DEFAULT_ROOM = 4096  # tokens a cache of `prefill` holds at most when nothing is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +110,15 @@ class QwenForCausalLM:
         weights = checkpoint_store.open_weights(folder, dtype=dtype, kernels=kernels, lm_head=lm_head)
         decoder = Decoder(weights.config, weights, dtype=dtype, kernels=kernels, unroll=jax.default_backend() == "gpu")
         generation_config = GenerationConfig.from_folder(folder)
-        return cls(
-            decoder, generation_config, use_cache_quantization=use_cache_quantization, max_length=max_length
-        )
+        return cls(decoder, generation_config, use_cache_quantization=use_cache_quantization, max_length=max_length)
 
     # -- logits ------------------------------------------------------------------------------------------------------
 
     def __call__(self, input_ids, attention_mask=None) -> jax.Array:
         """Logits of every position, float32 [B, T, V]; a masked position's are arbitrary."""
-        ids_BT, lengths_B, start_B = self._align(input_ids, attention_mask)
+        ids_BT, lengths_B, start_B = align(input_ids, attention_mask, self.config.vocab_size)
         T = ids_BT.shape[1]
-        logits_BTV = self._programs.score(_pad(ids_BT, bucket(T)), lengths_B)[:, :T]
+        logits_BTV = self._programs.score(pad(ids_BT, bucket(T)), lengths_B)[:, :T]
         if not start_B.any():
             return logits_BTV
         index_BT = np.clip(np.arange(T) - start_B[:, None], 0, T - 1)
@@ -129,7 +129,7 @@ class QwenForCausalLM:
 
         Without `max_length` the cache holds the model's context, at most 4096 tokens or twice the prompt.
         """
-        ids_BT, lengths_B, _ = self._align(input_ids, attention_mask)
+        ids_BT, lengths_B, _ = align(input_ids, attention_mask, self.config.vocab_size)
         longest = int(lengths_B.max())
         room = max(self._room, min(self.max_length, 2 * longest))
         if longest > room:
@@ -138,7 +138,7 @@ class QwenForCausalLM:
                 f"larger max_length."
             )
         cache = self._empty(len(lengths_B), max(room, bucket(ids_BT.shape[1])))
-        logits_BV, state = self._programs.prefill(_pad(ids_BT, bucket(ids_BT.shape[1])), lengths_B, cache)
+        logits_BV, state = self._programs.prefill(pad(ids_BT, bucket(ids_BT.shape[1])), lengths_B, cache)
         return logits_BV[:, None], KVCache(state, longest, room)
 
     def decode(self, token_ids, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -147,7 +147,7 @@ class QwenForCausalLM:
         Raises:
             ConsumedCacheError: `cache` was used before; its arrays were updated in place.
         """
-        token_B1 = self._check_ids(np.asarray(token_ids))
+        token_B1 = check_ids(np.asarray(token_ids), self.config.vocab_size, "token_ids")
         if token_B1.shape != (cache.slots, 1):
             raise ValueError(
                 f"token_ids: shape {token_B1.shape}, expected ({cache.slots}, 1): one token for each row of the cache."
@@ -208,7 +208,7 @@ class QwenForCausalLM:
             return_dict: return a `Generation`.
             chunk: tokens a dispatch.
         """
-        ids_BT, lengths_B, _ = self._align(input_ids, attention_mask)
+        ids_BT, lengths_B, _ = align(input_ids, attention_mask, self.config.vocab_size)
         sampling = self._sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty)
         stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
         if stop_strings and tokenizer is None:
@@ -217,7 +217,7 @@ class QwenForCausalLM:
         stop_ids, pad_id = self._stops(eos_token_id, pad_token_id)
         tokens: list[list[int]] = [[] for _ in range(B)]
         scores: list[list[float]] = [[] for _ in range(B)]
-        texts = [_text_stream(tokenizer, stop_strings) for _ in range(B)] if stop_strings else None
+        texts = [TextStream(tokenizer, stop_strings) for _ in range(B)] if stop_strings else None
         for part in self._stream(
             ids_BT, lengths_B, sampling, seed, stop_ids, pad_id, max_new_tokens, logprobs=logprobs, chunk=chunk
         ):
@@ -252,7 +252,7 @@ class QwenForCausalLM:
         attention_mask = settings.pop("attention_mask", None)
         pad_token_id = settings.pop("pad_token_id", None)
         logprobs, chunk = settings.pop("logprobs", False), settings.pop("chunk", CHUNK)
-        ids_BT, lengths_B, _ = self._align(input_ids, attention_mask)
+        ids_BT, lengths_B, _ = align(input_ids, attention_mask, self.config.vocab_size)
         names = [field.name for field in dataclasses.fields(SamplingConfig)]
         if unknown := sorted(set(settings) - set(names)):
             raise ValueError(f"{unknown[0]}: unknown argument, expected one of {names}.")
@@ -266,7 +266,7 @@ class QwenForCausalLM:
         self, ids_BT, lengths_B, sampling, seed, stop_ids, pad_id, max_new_tokens, *, logprobs, chunk
     ) -> Iterator[Chunk]:
         new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        new = 256 if new is None else new
+        new = conversation.DEFAULT_NEW_TOKENS if new is None else new
         if new < 1:
             raise ValueError(f"max_new_tokens={new}: expected at least 1.")
         if chunk < 1:
@@ -274,12 +274,12 @@ class QwenForCausalLM:
         longest = int(lengths_B.max())
         if longest >= self.max_length:
             raise ValueError(
-                f"input_ids: {longest} tokens leave no room for an answer, a cache holds {self.max_length}. Shorten the "
-                f"prompt or load the model with a larger max_length."
+                f"input_ids: {longest} tokens leave no room for an answer, a cache holds {self.max_length}. Shorten "
+                f"the prompt or load the model with a larger max_length."
             )
         new = min(new, self.max_length - longest)
         seed_B = np.broadcast_to(np.asarray(seed, np.uint32), len(lengths_B))
-        padded_BT = _pad(ids_BT, bucket(ids_BT.shape[1]))
+        padded_BT = pad(ids_BT, bucket(ids_BT.shape[1]))
         room = max(bucket(longest + new, 128), padded_BT.shape[1])
         cache = self._empty(len(lengths_B), room)
         return self._programs.stream(
@@ -309,39 +309,12 @@ class QwenForCausalLM:
             pad = stop_ids[0] if stop_ids else 0
         return tuple(stop_ids), pad
 
-    # -- inputs ------------------------------------------------------------------------------------------------------
+    # -- chat --------------------------------------------------------------------------------------------------------
 
-    def _check_ids(self, ids: np.ndarray) -> np.ndarray:
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"input_ids: dtype {ids.dtype}, expected integers.")
-        if ids.size and (ids.min() < 0 or ids.max() >= self.config.vocab_size):
-            bad = ids.max() if ids.max() >= self.config.vocab_size else ids.min()
-            raise ValueError(f"input_ids: token id {bad}, expected 0 to {self.config.vocab_size - 1} (vocab_size − 1).")
-        return ids.astype(np.int32)
+    chat = conversation.chat
+    chat_stream = conversation.chat_stream
 
-    def _align(self, input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows moved to the left edge: (ids_BT, lengths_B, start_B), whichever side the padding was on."""
-        ids_BT = self._check_ids(np.atleast_2d(np.asarray(input_ids)))
-        if ids_BT.ndim != 2 or not ids_BT.size:
-            raise ValueError(
-                f"input_ids: shape {ids_BT.shape}, expected [batch, tokens] with at least one token. Give a prompt."
-            )
-        B, T = ids_BT.shape
-        if attention_mask is None:
-            return ids_BT, np.full(B, T, np.int32), np.zeros(B, np.int32)
-        mask_BT = np.atleast_2d(np.asarray(attention_mask)).astype(bool)
-        if mask_BT.shape != ids_BT.shape:
-            raise ValueError(f"attention_mask: shape {mask_BT.shape}, expected input_ids' {ids_BT.shape}.")
-        lengths_B = mask_BT.sum(1).astype(np.int32)
-        start_B = mask_BT.argmax(1).astype(np.int32)
-        if not lengths_B.all():
-            raise ValueError(f"attention_mask: row {int(lengths_B.argmin())} is all zeros, expected at least one token.")
-        index_BT = start_B[:, None] + np.arange(T)
-        inside_BT = np.arange(T) < lengths_B[:, None]
-        if not np.take_along_axis(mask_BT, np.minimum(index_BT, T - 1), axis=1)[inside_BT].all():
-            raise ValueError("attention_mask: a row has zeros between ones; expected padding on one side or both.")
-        ids_BT = np.where(inside_BT, np.take_along_axis(ids_BT, np.minimum(index_BT, T - 1), axis=1), 0)
-        return ids_BT.astype(np.int32), lengths_B, start_B
+    # -- parts ----------------------------------------------------------------------------------------------------
 
     def _empty(self, slots: int, room: int) -> CacheState:
         return CacheState.empty(self.config, slots, room, self.dtype, self.use_cache_quantization)
@@ -360,13 +333,3 @@ def default_dtype() -> str:
     if device.platform == "gpu" and float(getattr(device, "compute_capability", "9.0")) < 8.0:
         return "float16"
     return "bfloat16"
-
-
-def _pad(ids_BT: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(ids_BT, ((0, 0), (0, width - ids_BT.shape[1])))
-
-
-def _text_stream(tokenizer, stop_strings):
-    from qwen_jax.text_stream import TextStream
-
-    return TextStream(tokenizer, stop_strings)

@@ -1,4 +1,4 @@
-"""Where a model's parameters lie: a Hub id, a Hugging Face folder, or our own Orbax folder; and `convert` between them."""
+"""Where a model's parameters lie: a Hub id, a Hugging Face folder, or our own Orbax folder; and `convert`."""
 
 from pathlib import Path
 
@@ -35,8 +35,8 @@ def find(name: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=HUB_FILES))
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{text}: no such folder, not in the Hub's local cache, and the Hub cannot be reached. Check the path or the "
-            f"network."
+            f"{text}: no such folder, not in the Hub's local cache, and the Hub cannot be reached. Check the path "
+            f"or the network."
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(f"{text}: the Hub refused it: {str(error).splitlines()[0]}") from error
@@ -170,7 +170,9 @@ class OrbaxWeights:
         else:
             data, dtype = self.arrays.pop(f"{name}.data"), kept_dtype(statics["dtype"], self.dtype)
             weight = DenseTensor(data.astype(dtype), **{**statics, "dtype": dtype})
-        return Linear(pack(weight, self.kernels), self.arrays.pop(f"{name}.bias", None), axes=axes, kernels=self.kernels)
+        return Linear(
+            pack(weight, self.kernels), self.arrays.pop(f"{name}.bias", None), axes=axes, kernels=self.kernels
+        )
 
 
 class Int8Head:

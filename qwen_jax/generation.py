@@ -251,7 +251,7 @@ def _chunk(structure, leaves, sampler, rules, *, loop: Loop, filters, logprobs, 
     key_rotary = _key_rotary(_model(structure, leaves), loop.cache)
 
     def body(loop: Loop, _):
-        # Without the barrier XLA moves work on the weights (unpacking them all) out of the loop: 538 MB for a 135M model.
+        # Without the barrier XLA moves work on the weights (unpacking them all) out of the loop: 538 MB for 135M.
         held, token_B = lax.optimization_barrier((leaves, loop.token_B))
         before = loop.cache
         logits_BV, cache = _step(_model(structure, held), token_B, before, key_rotary, active_length)

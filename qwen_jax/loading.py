@@ -11,14 +11,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
-from flax import nnx
 
 import pallas_kernels.dense_matmul as dense
 import pallas_kernels.quantized_matmul as quantized
 from converters.huggingface import Checkpoint, ModuleSpec
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
-from qwen_jax.config import ModelConfig
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
 
 FUSED = {"attention": ("query", "key", "value"), "mlp": ("gate", "up")}
@@ -149,7 +147,7 @@ def _prepack(weight, module, kernels):
 
 
 def kept_dtype(stored: str, wanted: str) -> str:
-    """The dtype a float weight is kept in: the wanted one, or the file's own 16 bits where float32 would gain nothing."""
+    """The dtype a float weight is kept in: the wanted one, or the file's 16 bits where float32 gains nothing."""
     return stored if wanted == "float32" and np.dtype(stored).itemsize == 2 else wanted
 
 

@@ -104,9 +104,7 @@ class Attention(nnx.Module):
         scale = self.head_dim**-0.5
         if kv is not None:
             stored_BTGK = rotate(key_BTGK, step.rotary) if kv.quantized and bias_GK is not None else biased_BTGK
-            kv = append(
-                kv, cache_layer, stored_BTGK, value_BTGK, step.start_B, heads=self.heads, kernels=self.kernels
-            )
+            kv = append(kv, cache_layer, stored_BTGK, value_BTGK, step.start_B, heads=self.heads, kernels=self.kernels)
         if step.decode:
             assert kv is not None
             attended_BTHK = attend_decode(
@@ -168,7 +166,9 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to logits."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, *, dtype: str, kernels: str = "auto", unroll: bool = False):
+    def __init__(
+        self, config: ModelConfig, weights: Weights, *, dtype: str, kernels: str = "auto", unroll: bool = False
+    ):
         self.embedding = weights.embedding()
         self.blocks = nnx.List([DecoderLayer(config, weights, layers, kernels) for layers in weights.blocks()])
         self.final_norm = weights.norm("final_norm", None)

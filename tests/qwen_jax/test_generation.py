@@ -19,7 +19,9 @@ QWEN2 = "qwen2-int4-per-channel"
 @pytest.fixture(scope="module")
 def alphabet(tmp_path_factory):
     """Answers ABCDEFGHIJK, then <|im_end|>."""
-    folder = write_successor(tmp_path_factory.mktemp("alphabet"), "ABCDEFGHIJK", generation_config={"eos_token_id": IM_END})
+    folder = write_successor(
+        tmp_path_factory.mktemp("alphabet"), "ABCDEFGHIJK", generation_config={"eos_token_id": IM_END}
+    )
     return QwenForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 

@@ -27,7 +27,12 @@ def draw(logits, config, seeds, steps):
     return np.asarray(sample(np.tile(np.float32(logits), (B, 1)), None, np.asarray(steps, np.int32), numbers, filters))
 
 
-@given(st.integers(0, 99), st.sampled_from([0, 1, 3, 20, 500]), st.sampled_from([0.1, 0.5, 0.9, 1.0]), st.sampled_from([0, 0.2]))
+@given(
+    st.integers(0, 99),
+    st.sampled_from([0, 1, 3, 20, 500]),
+    st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    st.sampled_from([0, 0.2]),
+)
 @settings(max_examples=25, deadline=None)
 def test_draws_come_from_the_right_set(seed, top_k, top_p, min_p):
     logits = np.random.default_rng(seed).normal(size=60) * 2
