@@ -6,16 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from converters import compressed_tensors, gptq, names
+from converters import gptq, names
 from converters.safetensors_files import StoredTensor, folder_tensors
+from converters.writer import FORMATS, Module, write
 from pallas_kernels.dense_matmul.tensor import DenseTensor
-from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 from qwen_jax.config import ModelConfig, QuantizationConfig
 from qwen_jax.errors import CheckpointError
 from qwen_jax.json_keys import read_json
 
+__all__ = ["Checkpoint", "Module", "ModuleSpec", "write"]
+
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-FORMATS = {"gptq": gptq, "compressed-tensors": compressed_tensors}
+INDICES = ("I32", "I64")
+KINDS = {"weight": FLOATS, "scales": FLOATS, "weight_scale": FLOATS}
+KINDS |= {"g_idx": INDICES, "weight_g_idx": INDICES, "weight_shape": INDICES}
 PACKED = {reader.PACKED: method for method, reader in FORMATS.items()}
 
 
@@ -48,19 +52,6 @@ class ModuleSpec:
     has_permutation: bool = False
     permutation_digest: str | None = None
     zero_convention: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Module:
-    """A matrix and its bias, as NumPy arrays.
-
-    Attributes:
-        weight: QuantizedTensor in layout "gptq" or DenseTensor in layout "transposed".
-        bias: [out]; None where the file has none or an all-zero one.
-    """
-
-    weight: QuantizedTensor | DenseTensor
-    bias: np.ndarray | None = None
 
 
 class Checkpoint:
@@ -221,8 +212,7 @@ class Checkpoint:
                 continue
             if name not in expected:
                 raise CheckpointError(f"{tensor.file}: {tensor.name}: has no place in this module.")
-            kinds = FLOATS if name in ("weight", "scales", "weight_scale") else ("I32", "I64", "I8")
-            self._check(tensor, expected[name], kinds, hint)
+            self._check(tensor, expected[name], KINDS.get(name, ("I32",)), hint)
 
     def _check(self, tensor: StoredTensor, shape: tuple[int, ...], dtypes, hint: str = "") -> None:
         if tensor.dtype not in dtypes:

@@ -1,0 +1,181 @@
+"""Our own checkpoint: arrays in Orbax's format, a JSON manifest, and the source's small files, in one folder.
+
+    config.json, quantize_config.json, tokenizer files …     as in the source
+    arrays/                                                  Orbax: one Zarr array a state entry, not compressed
+    qwen_jax.json                                            shapes, dtypes and file sizes of the arrays; metadata
+
+Arrays are kept uncompressed and one file each (no OCDBT): restoring is then bound by reading. Packed Int4 weights
+would shrink by 15 % under zstd and take 1.3 times as long (2 CPU cores, Orbax 0.12.8).
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from converters.folders import complete_or_absent, copy_side_files
+from qwen_jax.errors import CheckpointError
+from qwen_jax.json_keys import read_json
+
+MANIFEST, ARRAYS, VERSION = "qwen_jax.json", "arrays", 1
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder holds a checkpoint of this format (or what is left of one)."""
+    return (Path(folder) / MANIFEST).is_file() or (Path(folder) / ARRAYS / "_CHECKPOINT_METADATA").is_file()
+
+
+def save(
+    folder: str | Path,
+    state: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    *,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint; the folder appears complete or not at all.
+
+    Args:
+        folder: to be made.
+        state: names → NumPy or JAX arrays (any sharding), of any memory order; bfloat16 and int4 keep their dtype.
+        metadata: anything JSON can hold: what the arrays alone do not say.
+        source: a checkpoint folder whose configuration and tokenizer files are copied.
+        overwrite: replace a folder that is there.
+
+    Raises:
+        CheckpointError: if the folder is there and `overwrite` is false.
+        ValueError: if `state` is empty, or holds 64-bit arrays, which JAX would restore as 32-bit ones.
+    """
+    if not state:
+        raise ValueError("state is empty, expected at least one array.")
+    # NumPy views are made contiguous here: storage libraries have written such in memory order.
+    arrays = {
+        name: value if isinstance(value, jax.Array) else np.ascontiguousarray(value).reshape(np.shape(value))
+        for name, value in state.items()
+    }
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iufbV" or (array.dtype.kind in "iuf" and array.dtype.itemsize > 4):
+            raise ValueError(f"{name}: dtype {array.dtype.name}, expected a number of at most 32 bits.")
+    with complete_or_absent(folder, overwrite) as temporary:
+        if source is not None:
+            copy_side_files(source, temporary, "config.json", "quantize_config.json")
+        with _checkpointer() as checkpointer, _without_ocdbt_warning():
+            checkpointer.save(temporary / ARRAYS, args=ocp.args.PyTreeSave(arrays))
+        manifest = {
+            "format": "qwen-jax",
+            "version": VERSION,
+            "arrays": {name: {"shape": list(a.shape), "dtype": a.dtype.name} for name, a in arrays.items()},
+            "files": _file_sizes(temporary),
+            "metadata": dict(metadata),
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def describe(folder: str | Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
+    """Shapes and dtypes of a checkpoint's arrays, and its metadata; reads the manifest alone.
+
+    Raises:
+        CheckpointError: if the checkpoint is half-written, incomplete, or of a later version.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder}: has no {MANIFEST}; the checkpoint was not written to its end. Convert again.")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != "qwen-jax" or manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: format {manifest.get('format')!r} version {manifest.get('version')!r}, expected "
+            f"'qwen-jax' version {VERSION}; convert the model again."
+        )
+    here, expected = _file_sizes(folder), manifest["files"]
+    wrong = [name for name, size in expected.items() if here.get(name) != size]
+    if wrong:
+        raise CheckpointError(
+            f"{folder / wrong[0]}: has {here.get(wrong[0], 0)} bytes, expected {expected[wrong[0]]} ({len(wrong)} of "
+            f"{len(expected)} files differ from {MANIFEST}); copy the folder again, or convert again."
+        )
+    arrays = manifest["arrays"].items()
+    return {name: jax.ShapeDtypeStruct(tuple(a["shape"]), a["dtype"]) for name, a in arrays}, manifest["metadata"]
+
+
+def restore(
+    folder: str | Path,
+    *,
+    abstract: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | jax.sharding.Sharding | None = None,
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Reads a checkpoint, each device its own part.
+
+    Args:
+        folder: written by `save`.
+        abstract: what the caller expects; names, shapes and dtypes must be those of the file.
+        shardings: where arrays go: one for all, or one a name (those of `abstract` count otherwise); by default the
+            first device.
+
+    Returns: the arrays by name, and the metadata.
+
+    Raises:
+        CheckpointError: if the checkpoint is incomplete, or differs from `abstract` in a name, a shape or a dtype.
+    """
+    folder = Path(folder).absolute()
+    found, metadata = describe(folder)
+    if abstract is not None:
+        _compare(folder, found, abstract)
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def sharding(name: str) -> jax.sharding.Sharding:
+        if isinstance(shardings, jax.sharding.Sharding):
+            return shardings
+        if shardings is not None and name in shardings:
+            return shardings[name]
+        return getattr((abstract or {}).get(name), "sharding", None) or first
+
+    arguments = {name: ocp.ArrayRestoreArgs(sharding=sharding(name), dtype=a.dtype) for name, a in found.items()}
+    with _checkpointer() as checkpointer:
+        state = checkpointer.restore(folder / ARRAYS, args=ocp.args.PyTreeRestore(found, restore_args=arguments))
+    return state, metadata
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False))
+
+
+@contextlib.contextmanager
+def _without_ocdbt_warning() -> Iterator[None]:
+    """Keeps Orbax 0.12 from warning that there is nothing to merge in a format that is not in use."""
+
+    def relevant(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in str(record.msg)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(relevant)
+    try:
+        yield
+    finally:
+        logger.removeFilter(relevant)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = sorted(file for file in (folder / ARRAYS).rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def _compare(folder: Path, found: Mapping[str, jax.ShapeDtypeStruct], wanted: Mapping[str, Any]) -> None:
+    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or extra:
+        raise CheckpointError(
+            f"{folder}: lacks arrays {missing[:5]} and has unexpected ones {extra[:5]} ({len(missing)}, "
+            f"{len(extra)}); it was made from another model or with other options. Convert again."
+        )
+    for name, want in wanted.items():
+        have = found[name]
+        if have.shape != tuple(want.shape) or have.dtype != want.dtype:
+            raise CheckpointError(
+                f"{folder}: {name}: {have.dtype.name} {list(have.shape)}, expected {np.dtype(want.dtype).name} "
+                f"{list(want.shape)}; nothing is cast or cut on restoring. Convert again with the options you want."
+            )
