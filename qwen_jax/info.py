@@ -1,16 +1,20 @@
 """What a checkpoint is and how it would run, told without loading a weight."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 import pallas_kernels.kv_attention.op as kv_attention
 import pallas_kernels.quantized_matmul as quantized_matmul
-from converters.huggingface import Checkpoint, ModuleSpec
+from converters import orbax
+from converters.huggingface import Checkpoint
 from pallas_kernels.quantized_matmul.op import default_chip
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from qwen_jax.checkpoint_store import find
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, QuantizationConfig
 from qwen_jax.kv_cache import bytes_per_token
 from qwen_jax.loading import FUSED, CheckpointWeights
 
@@ -18,11 +22,38 @@ PREFILL_ROWS = 512  # the prompt length that the prefill kernels are asked for
 ZERO_CONVENTIONS = {"v1": "stored minus 1", "v2": "stored as they are"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A matrix as the model holds it: a stack over alike layers, perhaps of several projections side by side.
+
+    Attributes:
+        label: "query + key + value", "lm_head", …
+        in_features: of one layer's matrix.
+        out_features: of one layer's matrix.
+        dtype: of the weight, or of the scales.
+        layers: length of the stack, 0 for a single matrix.
+        bits: None for a float matrix.
+        group_size: inputs that share a scale; None for a float matrix.
+        zeros: whether zero-points are stored.
+        permutation: whether it has act-order.
+    """
+
+    label: str
+    in_features: int
+    out_features: int
+    dtype: str
+    layers: int = 0
+    bits: int | None = None
+    group_size: int | None = None
+    zeros: bool = False
+    permutation: bool = False
+
+
 def describe(name: str | Path, *, chip: str | None = None, kernels: str = "auto", dtype: str = "bfloat16") -> dict:
     """Architecture, quantization, bytes, and the kernel of each operation, ready for JSON.
 
     Args:
-        name: a Hugging Face folder or a Hub id.
+        name: a Hugging Face folder, one written by `convert`, or a Hub id.
         chip: `device_kind` to choose kernels for, as "NVIDIA H100 80GB HBM3"; None for JAX's default device.
         kernels: as `QwenForCausalLM.from_pretrained`.
         dtype: of activations.
@@ -32,120 +63,184 @@ def describe(name: str | Path, *, chip: str | None = None, kernels: str = "auto"
         ValueError: a named kernel cannot run here.
     """
     folder = find(name)
-    checkpoint = Checkpoint(folder)
     chip = default_chip() if chip is None else chip
-    config = checkpoint.config
+    read = _converted if orbax.is_checkpoint(folder) else _huggingface
+    config, quantization, nbytes, matrices = read(folder, dtype)
+    parameters = sum(m.in_features * m.out_features * (m.layers or 1) for m in matrices)
+    if config.tie_word_embeddings:  # listed twice, as lookup and as head
+        parameters -= config.vocab_size * config.hidden_size
     return {
         "folder": str(folder),
         "architecture": dataclasses.asdict(config),
-        "quantization": _quantization(checkpoint),
-        "bytes": _bytes(checkpoint),
+        "quantization": quantization,
+        "bytes": nbytes | {"total": sum(nbytes.values()), "total_in_16_bits": 2 * parameters + nbytes["norms"]},
         "kv_bytes_per_token": {
             "16-bit": bytes_per_token(config, "bfloat16", False),
             "8-bit": bytes_per_token(config, "bfloat16", True),
         },
-        "kernels": {"chip": chip, "dtype": dtype, "operations": _kernels(checkpoint, chip, kernels, dtype)},
+        "kernels": {
+            "chip": chip,
+            "dtype": dtype,
+            "operations": _matmuls(matrices, chip, kernels, dtype) + _attention(config, chip, kernels, dtype),
+        },
     }
 
 
-def _modules(checkpoint: Checkpoint) -> dict[str, ModuleSpec]:
-    return {path: checkpoint.spec(path) for path in checkpoint.paths if not path.endswith(".scale")}
+def _part(path: str) -> str:
+    """The heading under which a parameter's bytes are counted."""
+    if "norm" in path:
+        return "norms"
+    return next((part for part in ("attention", "mlp") if f".{part}" in path), path.split(".")[0])
+
+
+def _count(sizes: list[tuple[str, int]]) -> dict[str, int]:
+    parts = {"embedding": 0, "attention": 0, "mlp": 0, "norms": 0, "lm_head": 0}
+    for path, nbytes in sizes:
+        parts[_part(path)] += nbytes
+    return parts
+
+
+def _huggingface(folder: Path, dtype: str):
+    checkpoint = Checkpoint(folder)
+    weights = CheckpointWeights(checkpoint, dtype=dtype)
+
+    def matrix(label: str, paths: list[str], layers: int) -> Matrix:
+        specs = [checkpoint.spec(path) for path in paths]
+        first, width = specs[0], sum(spec.out_features for spec in specs)
+        quantized = (first.bits, first.group_size, first.has_zeros, first.has_permutation)
+        return Matrix(label, first.in_features, width, first.dtype, layers, *quantized)
+
+    matrices = [matrix("embedding lookup", ["embedding"], 0)]
+    for layers in weights.blocks():
+        for names in [*_fused_paths(weights, layers.start), ("attention.output",), ("mlp.down",)]:
+            label = " + ".join(name.split(".")[1] for name in names)
+            matrices.append(matrix(label, [f"layers.{layers.start}.{name}" for name in names], len(layers)))
+    matrices.append(matrix("lm_head", ["embedding" if checkpoint.config.tie_word_embeddings else "lm_head"], 0))
+    nbytes = _count([(path, checkpoint.nbytes(path)) for path in checkpoint.paths])
+    return checkpoint.config, _quantization(checkpoint), nbytes, matrices
+
+
+def _fused_paths(weights: CheckpointWeights, layer: int) -> list[tuple[str, ...]]:
+    """Paths below `layer` of the projections that share one matrix, as the checkpoint holds them."""
+    paths = []
+    for path, outputs in FUSED.items():
+        for names in weights._groups(layer, path, outputs):
+            stored = weights._stored(path) if len(weights._stored(path)) == 1 else names
+            paths.append(tuple(f"{path}.{name}" for name in stored))
+    return paths
 
 
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
     config = checkpoint.quantization
     if config is None:
         return None
-    specs = _modules(checkpoint)
+    specs = {path: checkpoint.spec(path) for path in checkpoint.paths if not path.endswith(".scale")}
     packed = {path: spec for path, spec in specs.items() if spec.kind == "quantized"}
     exceptions = []
     for path, spec in specs.items():
-        size = (spec.bits, spec.group_size) if spec.kind == "quantized" else None
         usual = (config.bits, spec.in_features if config.group_size == -1 else min(config.group_size, spec.in_features))
-        if size is None and (path.startswith("layers.") or config.lm_head):
+        if spec.kind == "dense" and (path.startswith("layers.") or (path == "lm_head" and config.lm_head)):
             exceptions.append(f"{path}: {spec.dtype}")
-        elif size is not None and size != usual:
+        elif spec.kind == "quantized" and (spec.bits, spec.group_size) != usual:
             exceptions.append(f"{path}: {spec.bits} bits, groups of {spec.group_size}")
     return {
-        "method": config.method,
-        "format": config.checkpoint_format,
-        "bits": config.bits,
-        "group_size": config.group_size,
+        **_settings(config),
         "modules": len(packed),
         "asymmetric_modules": sum(spec.has_zeros for spec in packed.values()),
         "act_order_modules": sum(spec.has_permutation for spec in packed.values()),
         "zero_points": sorted({ZERO_CONVENTIONS[spec.zero_convention or "v2"] for spec in packed.values()}),
         "exceptions": exceptions,
-        "head": "tied" if checkpoint.config.tie_word_embeddings else specs["lm_head"].kind,
     }
 
 
-def _bytes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes in the files by part, and what all of it would take in 16 bits."""
-    parts = {"embedding": 0, "attention": 0, "mlp": 0, "norms": 0, "lm_head": 0}
-    in_16_bits = 0
-    for path in checkpoint.paths:
-        nbytes = checkpoint.nbytes(path)
-        if path.endswith(".scale"):
-            parts["norms"] += nbytes
-            in_16_bits += nbytes
+def _settings(config: QuantizationConfig) -> dict[str, Any]:
+    return {
+        "method": config.method,
+        "format": config.checkpoint_format,
+        "bits": config.bits,
+        "group_size": config.group_size,
+    }
+
+
+def _converted(folder: Path, dtype: str):
+    """The same of a folder that `convert` wrote, from its manifest."""
+    del dtype
+    config, settings = ModelConfig.from_folder(folder), QuantizationConfig.from_folder(folder)
+    arrays, metadata = orbax.describe(folder)
+    matrices = []
+    for name, facts in metadata["modules"].items():
+        if "kind" not in facts:
+            continue
+        path = name.split(".", 2)[-1] if name.startswith("layers.") else name
+        path, _, number = path.rpartition(".") if path[-1].isdigit() else (path, "", "")
+        widths = metadata["modules"].get(name.rpartition(".")[0], {}).get("sizes")
+        label = path.split(".")[-1]
+        if number and widths:
+            before = sum(len(part) for part in widths[: int(number)])
+            label = " + ".join(FUSED[path][before : before + len(widths[int(number)])])
+        if facts["kind"] == "quantized":
+            scales = arrays[f"{name}.scales"]
+            quantized = (facts["bits"], facts["group_size"], f"{name}.zeros" in arrays, f"{name}.permutation" in arrays)
         else:
-            parts[path.split(".")[2] if path.startswith("layers.") else path] += nbytes
-            spec = checkpoint.spec(path)
-            in_16_bits += 2 * spec.in_features * spec.out_features
-    return parts | {"total": sum(parts.values()), "total_in_16_bits": in_16_bits}
+            scales, quantized = arrays[f"{name}.data"], ()
+        layers = scales.shape[0] if name.startswith("layers.") else 0
+        transposed = facts.get("layout") == "transposed"
+        width = scales.shape[-2] if transposed else scales.shape[-1]
+        matrices.append(Matrix(label, facts["in_features"], width, str(scales.dtype), layers, *quantized))
+    lookup = next(m for m in matrices if m.label == "embedding")
+    if config.tie_word_embeddings:
+        matrices.append(dataclasses.replace(lookup, label="lm_head"))
+    nbytes = _count([(name, math.prod(a.shape) * jnp.dtype(a.dtype).itemsize) for name, a in arrays.items()])
+    packed = [m for m in matrices if m.bits]
+    quantization = settings and {
+        **_settings(settings),
+        "modules": sum(m.layers or 1 for m in packed),
+        "asymmetric_modules": sum((m.layers or 1) * m.zeros for m in packed),
+        "act_order_modules": sum((m.layers or 1) * m.permutation for m in packed),
+        "zero_points": ["converted: stored as they are"],
+        "exceptions": [f"{m.label}: {m.dtype}" for m in matrices if m.layers and not m.bits],
+    }
+    return config, quantization, nbytes, matrices
 
 
-def _kernels(checkpoint: Checkpoint, chip: str, kernels: str, dtype: str) -> list[dict[str, str]]:
-    """Each distinct matrix, fused and stacked as at load, and attention, with the kernels that run them."""
-    weights = CheckpointWeights(checkpoint, dtype=dtype, kernels=kernels)
-    matrices = []  # (what it is, its spec, length of its stack)
-    for layers in weights.blocks():
-        first = f"layers.{layers.start}"
-        for paths in [*_fused_paths(weights, layers.start), ("attention.output",), ("mlp.down",)]:
-            spec = checkpoint.spec(f"{first}.{paths[0]}")
-            width = sum(checkpoint.spec(f"{first}.{path}").out_features for path in paths)
-            label = " + ".join(path.split(".")[1] for path in paths)
-            matrices.append((label, dataclasses.replace(spec, out_features=width), len(layers)))
-    head = "embedding" if checkpoint.config.tie_word_embeddings else "lm_head"
-    matrices.append(("lm_head", checkpoint.spec(head), 0))
-    labels: dict[tuple[str, ...], list[str]] = {}
-    for label, spec, layers in matrices:
-        labels.setdefault(_choices(spec, layers, chip, kernels, dtype), []).append(label)
-    names = ("weight", "decode", "prefill")
-    operations = [
-        {"operation": ", ".join(dict.fromkeys(same)), **dict(zip(names, choices, strict=True))}
-        for choices, same in labels.items()
+def _matmuls(matrices: list[Matrix], chip: str, kernels: str, dtype: str) -> list[dict[str, str]]:
+    """Each distinct matrix with the kernels that multiply by it."""
+    labels: dict[tuple[str, str, str], list[str]] = {}
+    for matrix in matrices:
+        if matrix.label not in ("embedding", "embedding lookup"):
+            labels.setdefault(_choices(matrix, chip, kernels, dtype), []).append(matrix.label)
+    return [
+        {"operation": ", ".join(dict.fromkeys(same)), "weight": weight, "decode": decode, "prefill": prefill}
+        for (weight, decode, prefill), same in labels.items()
     ]
-    return [*operations, *_attention_choices(checkpoint.config, chip, kernels, dtype)]
 
 
-def _choices(spec: ModuleSpec, layers: int, chip: str, kernels: str, dtype: str) -> tuple[str, ...]:
-    weight = f"[{spec.in_features}, {spec.out_features}]"
-    if spec.kind == "dense":
-        return f"{weight} {spec.dtype}", "xla", "xla"
+def _choices(matrix: Matrix, chip: str, kernels: str, dtype: str) -> tuple[str, str, str]:
+    weight = f"[{matrix.in_features}, {matrix.out_features}]"
+    if matrix.bits is None or matrix.group_size is None:
+        return f"{weight} {matrix.dtype}", "xla", "xla"
     shape = MatmulShape(
         rows=1,
-        in_features=spec.in_features,
-        out_features=spec.out_features,
-        bits=spec.bits or 0,
-        group_size=spec.group_size or 0,
-        zeros=spec.has_zeros,
-        permutation=spec.has_permutation,
+        in_features=matrix.in_features,
+        out_features=matrix.out_features,
+        bits=matrix.bits,
+        group_size=matrix.group_size,
+        zeros=matrix.zeros,
+        permutation=matrix.permutation,
         dtype=dtype,
-        layers=layers,
+        layers=matrix.layers,
     )
     kernel = quantized_matmul.KERNELS[quantized_matmul.choose(shape, chip, kernels).name]
     shape = dataclasses.replace(shape, layout=getattr(kernel, "LAYOUT", "gptq"))  # what `prepack` makes of it
     prefill = dataclasses.replace(shape, rows=PREFILL_ROWS)
     return (
-        f"{weight} {spec.bits} bits, groups of {spec.group_size}",
+        f"{weight} {matrix.bits} bits, groups of {matrix.group_size}",
         str(quantized_matmul.choose(shape, chip, kernels)),
         str(quantized_matmul.choose(prefill, chip, kernels)),
     )
 
 
-def _attention_choices(config: ModelConfig, chip: str, kernels: str, dtype: str) -> list[dict[str, str]]:
+def _attention(config: ModelConfig, chip: str, kernels: str, dtype: str) -> list[dict[str, str]]:
     rows = []
     for quantized in (False, True):
         shape = kv_attention.AttentionShape(
@@ -162,13 +257,3 @@ def _attention_choices(config: ModelConfig, chip: str, kernels: str, dtype: str)
             }
         )
     return rows
-
-
-def _fused_paths(weights: CheckpointWeights, layer: int) -> list[tuple[str, ...]]:
-    """Paths below `layer` of the projections that share one matrix, as the checkpoint holds them."""
-    paths = []
-    for path, outputs in FUSED.items():
-        for names in weights._groups(layer, path, outputs):
-            stored = weights._stored(path) if len(weights._stored(path)) == 1 else names
-            paths.append(tuple(f"{path}.{name}" for name in stored))
-    return paths

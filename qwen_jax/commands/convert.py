@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Debug, Json, Model, print_json
+from .common import Debug, Json, Model, print_json, status
 
 EXAMPLES = """
 qwen-jax convert Qwen/Qwen-7B-Chat-Int4 qwen-7b-int4
@@ -21,15 +21,11 @@ def run(
     debug: Debug = False,
 ):
     """Write a checkpoint in our own format, with the same weights."""
-    if target.exists():
-        raise FileExistsError(f"{target}: exists already. Remove it, or name another folder.")
-    from ..cache_folder import atomic_folder
     from ..checkpoint_store import convert
 
     start = time.perf_counter()
-    with atomic_folder(target.absolute()) as working:
-        convert(source, working / "checkpoint")
-        (working / "checkpoint").rename(working / "…")
+    with status(f"Converting {source}"):
+        convert(source, target)
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     if json:

@@ -69,7 +69,7 @@ def run(
         "kv_cache": "8-bit" if kv8 else model.dtype,
         "kv_bytes_per_token": model.kv_bytes_per_token,
         "kernels": facts["kernels"],
-        "lm_head": "int8, rounded at load" if lm_head else "as in the checkpoint",
+        "lm_head": lm_head or "as in the checkpoint",
     }
     if json:
         print_json(result)
@@ -129,12 +129,24 @@ def _print(result: dict[str, Any]) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    for row in result["kernels"]["operations"]:
-        name, kernel = row["operation"], f"{row['weight']} {row['decode']}; prefill: {row['prefill']}".strip()
-        if name == "lm_head":
-            table.add_row(name, f"{result['lm_head']}: {kernel}")
-        elif not name.startswith("attention") or name == f"attention, {result['kv_cache']} cache":
-            table.add_row(name, kernel)
+    for names, kernel in _kernels(result).items():
+        table.add_row(names, kernel)
     console = Console()
     console.print()
     console.print(table)
+
+
+def _kernels(result: dict[str, Any]) -> dict[str, str]:
+    """What ran: attention over the cache in use, the head with its width, and the layers' matrices by kernel."""
+    lines, layers = {}, {}
+    for row in result["kernels"]["operations"]:
+        name, kernel = row["operation"], f"{row['decode']}; prefill: {row['prefill']}"
+        if name == "lm_head":
+            width = "8 bits, rounded at load" if result["lm_head"] == "int8" else row["weight"].split("] ")[1]
+            lines[name] = f"{width}, {row['decode']}"
+        elif name.startswith("attention"):
+            if name == f"attention, {result['kv_cache']} cache":
+                lines["attention"] = kernel
+        else:
+            layers.setdefault(f"{row['weight'].split('] ')[1]}, {kernel}", []).append(name)
+    return {", ".join(names): kernel for kernel, names in layers.items()} | lines

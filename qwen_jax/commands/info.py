@@ -46,14 +46,14 @@ def _print(facts: dict[str, Any]) -> None:
     }
     console.print(facts["folder"], style="bold", soft_wrap=True, highlight=False)
     for title, rows in sections.items():
-        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        console.print(f"\n[bold]{title}[/bold]")
+        table = Table(show_header=False, box=None)
         for name, value in rows.items():
             table.add_row(name, value)
         console.print(table)
     kernels = facts["kernels"]
-    table = Table(title=f"Kernels on {kernels['chip']}, activations {kernels['dtype']}", title_justify="left", box=None)
-    for name in ("operation", "weight", "decode", "prefill"):
-        table.add_column(name, overflow="fold")
+    console.print(f"\n[bold]Kernels on {kernels['chip']}, activations {kernels['dtype']}[/bold]")
+    table = Table("operation", "weight", "decode", "prefill", box=None)
     for row in kernels["operations"]:
         table.add_row(*row.values())
     console.print(table)
@@ -90,7 +90,6 @@ def _quantization(facts: dict[str, Any] | None) -> dict[str, str]:
         "integers": f"{facts['bits']} bits, {group}, {modules} matrices",
         "zero-points": f"{', '.join(facts['zero_points'])}; asymmetric in {facts['asymmetric_modules']} of {modules}",
         "act-order": f"in {facts['act_order_modules']} of {modules}",
-        "head": facts["head"],
         "exceptions": ("\n".join(shown) or "none") + (f"\nand {more} more" if more else ""),
     }
 

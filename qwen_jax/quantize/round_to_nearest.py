@@ -1,7 +1,6 @@
 """Rounding to nearest: each weight to the closest point of its group's grid, without calibration data."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from converters import gptq, names
+from converters.folders import copy_side_files
 from converters.huggingface import Checkpoint
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.layout import from_integers
@@ -115,7 +115,4 @@ def quantize_folder(
     model_json = json.loads((source / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(model_json | {"quantization_config": settings}, indent=2) + "\n")
     (target / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for file in source.iterdir():
-        if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt") and not (target / file.name).exists():
-            if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, target / file.name)
+    copy_side_files(source, target)
