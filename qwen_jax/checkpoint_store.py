@@ -4,10 +4,9 @@ from pathlib import Path
 
 import jax
 
-import pallas_kernels.quantized_matmul as quantized
 from converters import orbax
 from converters.huggingface import Checkpoint
-from pallas_kernels.dense_matmul import DenseTensor
+from pallas_kernels.dense_matmul import DenseTensor, quantize_head
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import CheckpointError
@@ -194,7 +193,7 @@ class Int8Head:
         head = self._weights.head() or self._table
         weight = head.weight
         if isinstance(weight, DenseTensor):
-            weight = pack(quantized.quantize_head(weight), self._kernels)
+            weight = pack(quantize_head(weight), self._kernels)
         return Linear(weight, head.bias, axes=head.axes, kernels=self._kernels)
 
 

@@ -90,7 +90,8 @@ class CheckpointWeights:
             if separate_bias in names:
                 at = names.index(separate_bias)
                 columns = slice(sum(widths[:at]), sum(widths[: at + 1]))
-                separate = _array_unless_zero(bias[:, columns])
+                # A copy: JAX may keep a view of NumPy's memory, and the next line writes to it.
+                separate = _array_unless_zero(bias[:, columns].copy())
                 bias[:, columns] = 0
             parts.append(Linear(tensors.value, _array_unless_zero(bias), axes=axes, kernels=self.kernels))
             sizes.append(widths)
