@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +15,11 @@ from pallas_kernels.dense_matmul.tensor import DenseTensor
 from qwen_jax.config import ModelConfig, QuantizationConfig
 from qwen_jax.errors import CheckpointError
 from qwen_jax.json_keys import read_json
+from qwen_jax.quantization_config import ModuleSettings
 
 __all__ = ["Checkpoint", "Module", "ModuleSpec", "write"]
+
+logger = logging.getLogger("qwen_jax")
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 INDICES = ("I32", "I64")
@@ -81,6 +86,7 @@ class Checkpoint:
         self._place(folder_tensors(self.folder))
         for path in self._modules:
             self._check_module(path)
+        self._tell_unused_rules()
         for path, length in self._vectors.items():
             self._check(self._stored[path]["weight"], (length,), FLOATS)
         raw = read_json(self.folder / "config.json")
@@ -111,14 +117,14 @@ class Checkpoint:
         """
         stored, (in_features, _) = self._parts(path), self._modules[path]
         bias = self._bias(path)
-        if "weight" in stored:
+        if (found := self._format(path)) is None:
             if path == "embedding" and self._tied_head is not None:
                 _refuse_unequal(stored["weight"], self._tied_head)
             data = stored["weight"].read()
             return Module(DenseTensor(data, FLOATS[stored["weight"].dtype], in_features, "transposed"), bias)
-        reader, settings = self._format(path)
+        reader, settings, config = found
         parts = {name: tensor.read() for name, tensor in stored.items() if name != "bias"}
-        return Module(reader.read(parts, settings, self.quantization, in_features, self._where(path)), bias)
+        return Module(reader.read(parts, settings, config, in_features, self._where(path)), bias)
 
     def read_vector(self, path: str) -> np.ndarray:
         """A norm's scale, e.g. "layers.0.attention_norm.scale", in the file's dtype."""
@@ -155,6 +161,11 @@ class Checkpoint:
         if self._tied_head is not None:
             self._check(self._tied_head, self._stored["embedding"]["weight"].shape, FLOATS)
 
+    def _tell_unused_rules(self) -> None:
+        modules = [names.theirs(self.config.family, path) for path in self._modules]
+        for pattern in self.quantization.unused_rules(modules) if self.quantization else ():
+            logger.info("%s: dynamic rule %r matches no module.", self.folder, pattern)
+
     def _where(self, path: str) -> str:
         return f"{self.folder}: {names.theirs(self.config.family, path)}"
 
@@ -163,44 +174,43 @@ class Checkpoint:
             raise ValueError(f"{path!r} is no matrix of this model, expected e.g. 'layers.0.mlp.up'.")
         return self._stored[path]
 
-    def _format(self, path: str):
-        """The reader of a quantized module's format, and its settings."""
-        config = self.quantization
-        settings = config and config.for_module(names.theirs(self.config.family, path))
-        assert config is not None and settings is not None  # _check_module has refused everything else
-        return FORMATS[config.method], settings
+    def _format(self, path: str) -> tuple[Any, ModuleSettings, QuantizationConfig] | None:
+        """How a quantized module is read: its format, its settings, those of the checkpoint; None for a float one.
+
+        Raises:
+            CheckpointError: if the tensors that are there contradict the settings.
+        """
+        stored, where, config = self._stored[path], self._where(path), self.quantization
+        advice = "correct the settings (dynamic, modules_in_block_to_quantize, lm_head, ignore)"
+        packed = next((name for name in PACKED if name in stored), None)
+        if packed and "weight" in stored:
+            raise CheckpointError(f"{where}: has both weight and {packed}, expected one of them.")
+        if config is None:
+            if packed:
+                raise CheckpointError(
+                    f"{where}: is quantized, but there is neither quantize_config.json nor config.json's "
+                    "quantization_config; one of them must tell bits and group_size."
+                )
+            return None
+        settings = config.for_module(names.theirs(self.config.family, path))
+        if packed and (settings is None or PACKED[packed] != config.method):
+            what = "a float module" if settings is None else f"of quant_method {config.method!r}"
+            raise CheckpointError(f"{where}: the file holds {packed}, but by {config.where} it is {what}; {advice}.")
+        if settings is not None and not packed:
+            raise CheckpointError(
+                f"{where}: the file holds a float weight, but by {settings.rule} it has {settings.bits} bits; {advice}."
+            )
+        return None if settings is None else (FORMATS[config.method], settings, config)
 
     def _check_module(self, path: str) -> None:
-        """Refuses a module whose tensors and settings do not agree."""
+        """Refuses a module whose tensors are not those of its shape and settings."""
         stored, (in_features, out_features), where = self._stored[path], self._modules[path], self._where(path)
-        methods = [method for name, method in PACKED.items() if name in stored]
-        config = self.quantization
-        settings = config.for_module(names.theirs(self.config.family, path)) if config else None
-        if methods and "weight" in stored:
-            raise CheckpointError(f"{where}: has both weight and {FORMATS[methods[0]].PACKED}, expected one of them.")
-        if methods and config is None:
-            raise CheckpointError(
-                f"{where}: is quantized, but there is neither quantize_config.json nor config.json's "
-                "quantization_config; one of them must tell bits and group_size."
-            )
-        if methods and (settings is None or methods[0] != config.method):
-            what = "a float module" if settings is None else f"quant_method {config.method!r}"
-            raise CheckpointError(
-                f"{where}: the file holds {FORMATS[methods[0]].PACKED}, but by {config.where} it is {what}; "
-                "correct the settings (dynamic, modules_in_block_to_quantize, lm_head, ignore)."
-            )
-        if settings is not None and not methods:
-            raise CheckpointError(
-                f"{where}: the file holds a float weight, but by {settings.rule} it has {settings.bits} bits; "
-                "correct the settings (dynamic, modules_in_block_to_quantize, lm_head, ignore)."
-            )
         expected: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
         hint = ""
-        if settings is not None:
-            reader = FORMATS[config.method]
+        if (found := self._format(path)) is not None:
+            reader, settings, config = found
             expected = reader.shapes(settings, in_features, out_features)
-            missing = [name for name in reader.required(settings) if name not in stored]
-            if missing:
+            if missing := [name for name in reader.required(settings) if name not in stored]:
                 raise CheckpointError(f"{where}: has no {', '.join(missing)}, which {config.method} needs.")
             group_size, groups = gptq.group_size_and_count(settings, in_features)
             hint = (
@@ -247,13 +257,13 @@ class Checkpoint:
     def _spec(self, path: str) -> ModuleSpec:
         stored, (in_features, out_features) = self._parts(path), self._modules[path]
         has_bias = self._bias(path) is not None
-        if "weight" in stored:
+        if (found := self._format(path)) is None:
             return ModuleSpec("dense", in_features, out_features, FLOATS[stored["weight"].dtype], has_bias)
-        (reader, settings), where = self._format(path), self._where(path)
+        (reader, settings, config), where = found, self._where(path)
         parts = {
             name: tensor.read() for name, tensor in stored.items() if name not in ("bias", "scales", reader.PACKED)
         }
-        zeros, convention = reader.read_zeros(parts, settings, self.quantization, out_features, where)
+        zeros, convention = reader.read_zeros(parts, settings, config, out_features, where)
         permutation = reader.read_permutation(parts, settings, in_features, where)
         return ModuleSpec(
             kind="quantized",

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +143,18 @@ class QuantizationConfig:
             return None
         settings = ModuleSettings(self.bits, self.group_size, self.sym, self.desc_act, self.where)
         for pattern, changes in self.dynamic:
-            if re.match(pattern.removeprefix("-:").removeprefix("+:"), name):
+            if re.match(_expression(pattern), name):
                 if pattern.startswith("-:"):
                     return None
                 known = {key: changes[key] for key in ("bits", "group_size", "sym", "desc_act") if key in changes}
                 return dataclasses.replace(settings, **known, rule=f"{self.where}: dynamic {pattern!r}")
         return settings
+
+    def unused_rules(self, names: Iterable[str]) -> list[str]:
+        """Patterns of `dynamic` that match none of these modules, e.g. because their prefix is spelled wrongly."""
+        names = list(names)
+        patterns = [pattern for pattern, _ in self.dynamic]
+        return [each for each in patterns if not any(re.match(_expression(each), name) for name in names)]
 
     def _from_schemes(self, name: str) -> ModuleSettings | None:
         def named(target: str) -> bool:
@@ -159,6 +165,11 @@ class QuantizationConfig:
         if any(named(each) for each in self.modules_to_not_convert):
             return None
         return next((scheme.settings for scheme in self.schemes if any(map(named, scheme.targets))), None)
+
+
+def _expression(pattern: str) -> str:
+    """A dynamic rule's regular expression: the pattern without its prefix "-:" or "+:"."""
+    return pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
 
 
 def _bits(keys: JsonKeys, name: str) -> int:
@@ -230,7 +241,7 @@ def _dynamic(keys: JsonKeys) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     rules = []
     for pattern, changes in keys.take(dict, "dynamic", default={}).items():
         where = f"{keys.where}: dynamic {pattern!r}"
-        _regex(pattern.removeprefix("-:").removeprefix("+:"), where)
+        _regex(_expression(pattern), where)
         if not isinstance(changes, dict):
             raise CheckpointError(f"{where}: is {changes!r}, expected an object of settings.")
         rule = JsonKeys(changes, where)

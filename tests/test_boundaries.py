@@ -11,7 +11,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 # package: the modules of ours that it may import (a name stands for itself and all below it)
 ALLOWED = {
     "pallas_kernels": {"pallas_kernels"},
-    "converters": {"converters", "qwen_jax.config", "qwen_jax.errors", "pallas_kernels"},
+    "converters": {
+        "converters",
+        "qwen_jax.config",
+        "qwen_jax.quantization_config",
+        "qwen_jax.json_keys",
+        "qwen_jax.errors",
+        "pallas_kernels",
+    },
 }
 # package: the third-party modules that it may import; None: whatever the project depends on
 LIBRARIES = {
