@@ -35,7 +35,7 @@ def block_sums(
     block_words: int,
     factors,
     terms: Callable[[Callable[[int], jax.Array]], Iterable[jax.Array]],
-    finish: Callable[[jax.Array], jax.Array] | None = None,
+    finish: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """float32 [M, out]: Σ over blocks of finish(Σ over the rows of a block of x · factor · value).
 
@@ -49,7 +49,8 @@ def block_sums(
             words unshifted; None for ones.
         terms: given `load(j)`, word j of all blocks [blocks, out], yields the float32 values [blocks, out] of the rows
             of a block, in their order.
-        finish: applied to a block's sums [blocks, M, out]; None for the sums as they are.
+        finish: makes of a block's sums [blocks, M, out] and Σ x over its rows [blocks, M, 1] what is summed over the
+            blocks; None for the sums as they are.
     """
     M, out = x_MI.shape[0], words.shape[-1]
     blocks = x_MI.shape[1] // rows
@@ -63,7 +64,7 @@ def block_sums(
             return view[:, j]
         return lax.dynamic_slice(view, (layer, 0, j, 0), (1, blocks, 1, out)).reshape(blocks, out)
 
-    x_bMr = jnp.swapaxes(x_MI.reshape(M, blocks, rows), 0, 1)
+    x_bMr = plain_x_bMr = jnp.swapaxes(x_MI.reshape(M, blocks, rows), 0, 1)
     if factors is not None:
         # The barrier keeps whatever made x (a norm, a gate) out of the long program.
         x_bMr = lax.optimization_barrier(x_bMr * factors)
@@ -74,6 +75,6 @@ def block_sums(
         sums[k] = term if sums[k] is None else sums[k] + term
     total_bMO = (sums[0] + sums[1]) + (sums[2] + sums[3])
     if finish is not None:
-        total_bMO = finish(total_bMO)
+        total_bMO = finish(total_bMO, plain_x_bMr.sum(-1, keepdims=True))
     # Without this barrier the sum over blocks is fused with the terms, and takes up to twice as long.
     return lax.optimization_barrier(total_bMO).sum(0)

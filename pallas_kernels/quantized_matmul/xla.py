@@ -82,7 +82,6 @@ def _words(x_MI, weight: QuantizedTensor, layer, rows: int):
             yield field.astype(jnp.float32)
 
     repeat = weight.group_size // rows
-    x_sum_bM = jnp.swapaxes(x_MI.reshape(-1, blocks, rows).sum(-1), 0, 1)
 
     def blockwise(array):
         """float32 [blocks, 1, out]: each group's entry for every block in it."""
@@ -90,9 +89,9 @@ def _words(x_MI, weight: QuantizedTensor, layer, rows: int):
         wide = jnp.broadcast_to(array[:, None], (array.shape[0], repeat, array.shape[1]))
         return wide.reshape(-1, array.shape[1])[:blocks, None]
 
-    def finish(total_bMO):
+    def finish(total_bMO, x_sum_bM1):
         zero = float(2 ** (bits - 1)) if weight.zeros is None else blockwise(weight.zeros)
-        return (total_bMO - zero * x_sum_bM[:, :, None]) * blockwise(weight.scales)
+        return (total_bMO - zero * x_sum_bM1) * blockwise(weight.scales)
 
     return block_sums.block_sums(x_MI, weight.packed, layer, rows, rows * bits // 32, factors, terms, finish)
 
