@@ -1,0 +1,132 @@
+"""Portable twins of the Mosaic GPU kernels' inline arithmetic, in jax.numpy, for the GPU interpreter.
+
+They take the same references and keep the same contract, so that what runs under the interpreter is the kernels' own
+structure: the division of tiles among blocks, TMA copies, barriers, the ring, segments, slices and the scatter.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.kv_attention.xla import quantize
+
+
+class PortableMerge:
+    """The twin of `FastMerge`: one softmax a block instead of four, in plain float32."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def build_table(self, cos, sin, slot, table):
+        rows, pairs = 16 * self.shape.blocks, self.shape.head_dim // 2
+        factor = cos[slot, 0, 0]
+        for part, source in enumerate((cos, sin)):
+            flat = (source[slot, pl.ds(0, rows), :] / factor).reshape(-1)
+            table[pl.ds(part * rows * pairs, rows * pairs)] = jax.lax.bitcast_convert_type(flat, jnp.int32)
+
+    def start(self, query, bias=None):
+        shape = self.shape
+        query = query[...].astype(jnp.float32)
+        rotation = jnp.zeros((2, 4, 1), jnp.float32)
+        if bias is not None:
+            bias_GK, head, cos, sin, slot, turned = bias
+            q1, q2 = jnp.split(query * shape.scale, 2, axis=-1)
+            b1, b2 = jnp.split(bias_GK[head].astype(jnp.float32), 2)
+            turned[...] = jnp.stack([q1 * b1 + q2 * b2, q2 * b1 - q1 * b2], axis=-1)
+            factor = cos[slot, 0, 0]
+            rotation = jnp.stack(
+                [
+                    jnp.stack([table[slot, 16 * shape.blocks * warp, :] / factor for warp in range(4)])
+                    for table in (cos, sin)
+                ]
+            )
+        state = (
+            jnp.zeros((shape.share, shape.head_dim), jnp.float32),
+            jnp.full((shape.share, 1), -1e30, jnp.float32),
+            jnp.zeros((shape.share, 1), jnp.float32),
+        )
+        return (query, rotation), state
+
+    def tile(self, setup, state, keys, values, scales, low, high, bias=None):
+        shape = self.shape
+        query, rotation = setup
+        acc, top, total = state
+        keys, values = keys[...].astype(jnp.float32), values[...].astype(jnp.float32)
+        scales = [ref[...].astype(jnp.float32) for ref in scales]
+        logits = query @ keys.T * shape.scale
+        if scales:
+            logits = logits * scales[0] + query.sum(-1, keepdims=True) * shape.scale * scales[1]
+        if bias is not None:
+            logits = logits + self._bias(rotation, bias)
+        row = jnp.arange(shape.tokens)
+        seen = (row >= low) & (row < high)
+        logits = jnp.where(seen, logits, -jnp.inf)
+        new_top = jnp.maximum(top, logits.max(-1, keepdims=True))
+        decay, weight = jnp.exp(top - new_top), jnp.exp(logits - new_top)
+        total = total * decay + weight.sum(-1, keepdims=True)
+        acc = acc * decay
+        if scales:
+            acc = acc + (weight * scales[2]) @ values + (weight * scales[3]).sum(-1, keepdims=True)
+        else:
+            acc = acc + weight @ jnp.where(seen[:, None], values, 0.0)
+        return acc, new_top, total
+
+    def _bias(self, rotation, bias):
+        cos, sin, turned, table, _ = bias
+        rows, pairs = 16 * self.shape.blocks, self.shape.head_dim // 2
+        small = jax.lax.bitcast_convert_type(table[...], jnp.float32).reshape(2, rows, pairs)
+        logits = []
+        for warp in range(4):
+            c = cos[...] * rotation[0, warp] - sin[...] * rotation[1, warp]
+            s = sin[...] * rotation[0, warp] + cos[...] * rotation[1, warp]
+            with_cos, with_sin = turned[..., 0], turned[..., 1]
+            new_cos, new_sin = with_cos * c + with_sin * s, with_sin * c - with_cos * s
+            logits.append(new_cos @ small[0].T + new_sin @ small[1].T)
+        return jnp.concatenate(logits, axis=-1)
+
+    def finish(self, state, scratch, out, partial, statistics, *, row, slice_index, complete):
+        del scratch
+        acc, top, total = state
+
+        @pl.when(complete == 1)
+        def _():
+            out[pl.ds(row, self.shape.share), :] = (acc / total).astype(out.dtype)
+
+        @pl.when(complete == 0)
+        def _():
+            partial[slice_index] = acc
+            statistics[slice_index] = jnp.concatenate([top, total], axis=-1)
+
+
+class PortableAppend:
+    """The twin of `FastAppend`."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def rows(self, block, layer, key, value, start, rotary, bias, cache):
+        shape = self.shape
+        _, _, G, S, K = shape.cache
+        for warp in range(4):
+            row = block * 4 + warp
+            head, token, slot = row % G, row // G % shape.tokens, row // (G * shape.tokens)
+
+            @pl.when(row < shape.rows)
+            def _(head=head, token=token, slot=slot):
+                position = start[slot] + token
+                x, y = (ref[slot, token, head].astype(jnp.float32) for ref in (key, value))
+                if bias:
+                    x = x + bias[0][head].astype(jnp.float32)
+                if rotary:
+                    cos, sin = (table[slot if shape.rotary > 1 else 0, token] for table in rotary)
+                    low, high = jnp.split(x, 2)
+                    x = jnp.concatenate([low * cos - high * sin, high * cos + low * sin])
+
+                @pl.when((position >= 0) & (position < S))
+                def _():
+                    parts = [x, y]
+                    if shape.quantized:
+                        (x8, *x_scales), (y8, *y_scales) = quantize(x), quantize(y)
+                        parts = [x8, y8, *x_scales, *y_scales]
+                    for array, part in zip(cache, parts, strict=True):
+                        array[layer, slot, head, position] = part.astype(array.dtype)
