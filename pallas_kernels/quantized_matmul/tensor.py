@@ -26,6 +26,7 @@ class QuantizedTensor:
         group_size: rows a group, never −1 (one group a column is group_size = in_features).
         in_features: rows of one matrix.
         layout: how `packed` lies in memory.
+        out_padding: columns at the end of `scales` and `zeros` that a kernel's layout added.
     """
 
     packed: Any
@@ -36,11 +37,12 @@ class QuantizedTensor:
     group_size: int = dataclasses.field(metadata={"static": True})
     in_features: int = dataclasses.field(metadata={"static": True})
     layout: str = dataclasses.field(default="gptq", metadata={"static": True})
+    out_padding: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def out_features(self) -> int:
         """Columns of one matrix."""
-        return self.scales.shape[-1]
+        return self.scales.shape[-1] - self.out_padding
 
     @property
     def groups(self) -> int:

@@ -1,0 +1,516 @@
+"""Few rows of x on Hopper: every multiprocessor streams its columns' weights once, whole columns in one block.
+
+A block owns `strips` · 16 columns of the matrix and all of its rows. Its warpgroups take stages of 512 rows in turn, each
+through a ring of its own in shared memory; each of the four warps of a warpgroup multiplies one chunk of 128 rows of a
+stage. Columns stay whole inside a block, so sums meet in shared memory and no block waits for another.
+
+- Loads: the warpgroup that consumes a slot refills it (contiguous bulk copies, no tensor maps), all slots at the start.
+- Computes: weights are operand A, straight from the packed words (`layout_mosaic_gpu`); x is operand B by ldmatrix;
+  q − zero is exact in 16 bits; each group's sums are scaled in float32.
+- Barriers: `full` (one a slot: copies landed), `done` (each warpgroup has stored its partial sums).
+- Stores: all threads add the partial sums of all warps in one fixed order, then bias and residual.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
+from pallas_kernels.quantized_matmul import mosaic_gpu_fragments as fragments
+from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
+
+WARPS = 4
+STAGE = WARPS * layout.CHUNK
+X_PADDING = 8  # elements after each row of x in shared memory: the rows of an 8 × 8 matrix fall on different banks
+MAX_ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How the work is cut.
+
+    Attributes:
+        strips: 16-column strips a block.
+        warpgroups: of a block.
+        slots: of each warpgroup's ring.
+    """
+
+    strips: int
+    warpgroups: int
+    slots: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """All static properties of one call."""
+
+    rows: int
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    stacked: bool
+    static_layer: int | None
+    dtype: str
+    scale_dtype: str
+    symmetric: bool
+    bias_dtype: str | None
+    residual: bool
+    strips: int
+    tiling: Tiling
+
+    @property
+    def chunks(self) -> int:
+        return layout.chunks(self.in_features)
+
+    @property
+    def stages(self) -> int:
+        return -(-self.chunks // WARPS)
+
+    @property
+    def groups(self) -> int:
+        """Groups of a chunk."""
+        return layout.groups_per_chunk(self.group_size)
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.rows // 8)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block."""
+        return self.tiling.strips * layout.STRIP
+
+    @property
+    def partial_stride(self) -> int:
+        """Row stride of the partial sums: 4 more than a multiple of 16, for fewer bank conflicts."""
+        return self.columns + 4
+
+
+def shared_bytes(problem: Problem) -> int:
+    """Shared memory of a block."""
+    tiling, item = problem.tiling, jnp.dtype(problem.scale_dtype).itemsize
+    slot = WARPS * tiling.strips * 256 * problem.bits
+    slot += problem.rows * (STAGE + X_PADDING) * 2
+    slot += WARPS * problem.groups * problem.columns * (item + (not problem.symmetric))
+    partial = tiling.warpgroups * WARPS * problem.rows * problem.partial_stride * 4
+    return tiling.warpgroups * tiling.slots * (slot + 8) + partial + 6 * 1024
+
+
+def call(
+    x_MI: jax.Array,
+    weight: QuantizedTensor,
+    layer=None,
+    bias_O=None,
+    residual_MO=None,
+    *,
+    tiling: Tiling,
+    portable: bool = False,
+    after=None,
+) -> jax.Array:
+    """[M, O] = x · weight + bias + residual, in x's dtype; weight in layout "mosaic_gpu", x in its stored row order.
+
+    `portable` swaps the two pieces that the interpreter cannot run (`multiply`, `finish`) for plain ones. `after` is an
+    array that is not read: benchmarks make each call of a chain wait for the one before with it.
+    """
+    rows, in_features = x_MI.shape
+    padding = -in_features % layout.CHUNK
+    if padding:
+        x_MI = jnp.pad(x_MI, ((0, 0), (0, padding)))
+    static_layer = layer if isinstance(layer, int) else None
+    strips = weight.packed.shape[-2]
+    problem = Problem(
+        rows=rows,
+        in_features=in_features,
+        out_features=weight.out_features,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        stacked=bool(weight.stack),
+        static_layer=static_layer,
+        dtype=fragments.name(x_MI.dtype),
+        scale_dtype=fragments.name(weight.scales.dtype),
+        symmetric=weight.zeros is None,
+        bias_dtype=None if bias_O is None else fragments.name(bias_O.dtype),
+        residual=residual_MO is not None,
+        strips=strips,
+        tiling=dataclasses.replace(tiling, strips=min(tiling.strips, strips)),
+    )
+    inputs = {"x": x_MI, "packed": weight.packed, "scales": weight.scales}
+    if weight.zeros is not None:
+        inputs["zeros"] = weight.zeros
+    if weight.stack and static_layer is None:
+        inputs["layer"] = jnp.asarray(layer, jnp.int32).reshape(1)
+    if bias_O is not None:
+        inputs["bias"] = bias_O
+    if residual_MO is not None:
+        inputs["residual"] = residual_MO
+    if after is not None:
+        inputs["after"] = after
+    return _compiled(problem, tuple(inputs), portable)(*inputs.values())
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(problem: Problem, names: tuple[str, ...], portable: bool):
+    tiling, groups = problem.tiling, problem.groups
+    multiply, finish = (_portable_multiply, _portable_finish) if portable else (_multiply, _finish)
+    ring = (tiling.warpgroups, tiling.slots)
+    scratch = {
+        "packed_smem": plgpu.SMEM((*ring, WARPS, tiling.strips, 64 * problem.bits), jnp.int32),
+        "x_smem": plgpu.SMEM((*ring, problem.rows, STAGE + X_PADDING), jnp.dtype(problem.dtype)),
+        "scales_smem": plgpu.SMEM((*ring, WARPS, groups, problem.columns), jnp.dtype(problem.scale_dtype)),
+        "partial_smem": plgpu.SMEM(
+            (tiling.warpgroups * WARPS, problem.rows, problem.partial_stride), jnp.float32
+        ),
+        "full": plgpu.Barrier(
+            num_arrivals=_arrivals(problem, WARPS), num_barriers=tiling.warpgroups * tiling.slots
+        ),
+        "done": plgpu.Barrier(num_arrivals=tiling.warpgroups),
+    }
+    if not problem.symmetric:
+        scratch["zeros_smem"] = plgpu.SMEM((*ring, WARPS, groups, problem.columns), jnp.uint8)
+
+    def kernel(*refs, **scratch):
+        inputs = dict(zip(names, refs[:-1], strict=True))
+        _body(problem, inputs, refs[-1], scratch, multiply, finish)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((problem.rows, problem.out_features), jnp.dtype(problem.dtype)),
+        grid=(-(-problem.strips // tiling.strips),),
+        grid_names=("block",),
+        num_threads=tiling.warpgroups,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name=f"quantized_matmul_w{problem.bits}_m{problem.rows}",
+    )
+
+
+def _arrivals(problem: Problem, chunks: int) -> int:
+    """Copies that fill a slot with so many chunks."""
+    return problem.rows + chunks * (1 + problem.groups * (1 if problem.symmetric else 2))
+
+
+def _body(problem: Problem, inputs, out_gmem, scratch, multiply, finish):
+    tiling, stages = problem.tiling, problem.stages
+    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    # The last block starts earlier where strips do not divide evenly; columns it shares are stored by their owner alone.
+    strip = jnp.minimum(block * tiling.strips, problem.strips - tiling.strips)
+    layer = problem.static_layer
+    if problem.stacked and layer is None:
+        layer = inputs["layer"][0]
+
+    def weight(name):
+        return inputs[name] if layer is None else inputs[name].at[layer]
+
+    def slot_refs(slot):
+        names = ("packed_smem", "x_smem", "scales_smem", "zeros_smem")
+        return {name: scratch[name].at[warpgroup, slot] for name in names if name in scratch}
+
+    def copy_stage(stage, slot, chunks: int):
+        barrier, refs = scratch["full"].at[warpgroup * tiling.slots + slot], slot_refs(slot)
+        copy = functools.partial(
+            plgpu.copy_gmem_to_smem, barrier=barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+        )
+        for index in range(chunks):
+            chunk = stage * WARPS + index
+            source = weight("packed").at[chunk, pl.ds(strip, tiling.strips)]
+            copy(source, refs["packed_smem"].at[index])
+        for row in range(problem.rows):
+            width = pl.ds(stage * STAGE, chunks * layout.CHUNK)
+            target = refs["x_smem"].at[row, pl.ds(0, chunks * layout.CHUNK)]
+            copy(inputs["x"].at[row, width], target)
+        columns = pl.ds(strip * layout.STRIP, problem.columns)
+        for index in range(chunks):
+            start = (stage * WARPS + index) * layout.CHUNK
+            for group in range(problem.groups):
+                row = lax.div(start, problem.group_size) + group
+                for name in ("scales", "zeros"):
+                    if name in inputs:
+                        source = weight(name).at[row, columns]
+                        copy(source, refs[f"{name}_smem"].at[index, group])
+        for _ in range(_arrivals(problem, WARPS) - _arrivals(problem, chunks)):
+            plgpu.barrier_arrive(barrier)
+
+    def fetch(stage, slot):
+        remainder = problem.chunks % WARPS
+        if not remainder:
+            copy_stage(stage, slot, WARPS)
+        elif stages == 1:
+            copy_stage(stage, slot, remainder)
+        else:
+            pl.when(stage < stages - 1)(lambda: copy_stage(stage, slot, WARPS))
+            pl.when(stage == stages - 1)(lambda: copy_stage(stage, slot, remainder))
+
+    for slot in range(tiling.slots):
+        stage = warpgroup + slot * tiling.warpgroups
+        if (slot + 1) * tiling.warpgroups <= stages:
+            fetch(stage, slot)
+        elif slot * tiling.warpgroups < stages:
+            pl.when(stage < stages)(functools.partial(fetch, stage, slot))
+
+    refills = tiling.slots * tiling.warpgroups < stages
+
+    def step(index, sums):
+        slot, stage = lax.rem(index, tiling.slots), warpgroup + index * tiling.warpgroups
+        plgpu.barrier_wait(scratch["full"].at[warpgroup * tiling.slots + slot])
+        sums = multiply(problem, slot_refs(slot), stage * WARPS, sums)
+        if refills:
+            following = stage + tiling.slots * tiling.warpgroups
+
+            @pl.when(following < stages)
+            def _():
+                plgpu.commit_smem()  # all four warps have read the slot
+                fetch(following, slot)
+
+        return sums
+
+    sums = jnp.zeros((64, 8 * problem.row_tiles * tiling.strips), jnp.float32)
+    sums = plgpu.layout_cast(sums, plgpu.Layout.WGMMA)
+    count = lax.div(stages - warpgroup + tiling.warpgroups - 1, tiling.warpgroups)
+    sums = lax.fori_loop(0, count, step, sums)
+    first = block * problem.columns
+    finish(problem, sums, scratch, inputs, out_gmem, warpgroup, strip * layout.STRIP, first)
+
+
+# --- the fast pieces -------------------------------------------------------------------------------------------------
+
+
+def _multiply(problem: Problem, refs, first_chunk, sums):
+    """sums [64, (strip, row of x)] plus this stage's products; rows 16w + c: warp w's share of column c of each strip."""
+    tiling, tiles = problem.tiling, problem.row_tiles
+    order = [name for name in ("packed_smem", "x_smem", "scales_smem", "zeros_smem") if name in refs]
+
+    @plgpu.inline_mgpu(
+        arg_types=(*(plgpu.RefType() for _ in order), plgpu.Layout.WG_SPLAT, plgpu.Layout.WGMMA),
+        return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
+    )
+    def run(ctx, *operands):
+        del ctx
+        named, (chunk, sums) = dict(zip(order, operands, strict=False)), operands[len(order) :]
+        lane, warp = fragments.lane_and_warp()
+
+        def products():
+            return fragments.join(sums, _warp_products(problem, named, lane, warp, fragments.split(sums)))
+
+        if problem.chunks % WARPS == 0:
+            return products()
+        present = arith.cmpi(
+            arith.CmpIPredicate.slt,
+            arith.addi(chunk.registers.flatten()[0], warp),
+            fragments.i32(problem.chunks),
+        )
+        kinds = [register.type for register in sums.registers.flatten()]
+        branch = scf.IfOp(present, kinds, has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            scf.yield_(list(products().registers.flatten()))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(list(sums.registers.flatten()))
+        tiles_shape = sums.registers.shape
+        registers = fragments.np.asarray(list(branch.results), dtype=object).reshape(tiles_shape)
+        return type(sums)(_registers=registers, _layout=sums.layout, _is_signed=None)
+
+    del tiling, tiles
+    return run(*(refs[name] for name in order), first_chunk, sums)
+
+
+def _warp_products(problem: Problem, refs, lane, warp, sums):
+    """One warp's chunk times x, all strips; sums as (strip, row tile) lists of four scalars."""
+    strips, tiles, bits, dtype = problem.tiling.strips, problem.row_tiles, problem.bits, problem.dtype
+    unit = 256 * bits  # bytes
+    packed = fragments.address(
+        refs["packed_smem"], fragments.multiply_add(warp, strips * unit, arith.shli(lane, fragments.i32(4)))
+    )
+    x_stride = (STAGE + X_PADDING) * 2
+    x_row = arith.andi(lane, fragments.i32(7))
+    x_column = fragments.multiply_add(warp, 2 * layout.CHUNK)
+    x_column = fragments.multiply_add(arith.shrui(lane, fragments.i32(3)), 16, x_column)
+    x = []  # [row tile][step] two registers
+    for tile in range(tiles):
+        row = arith.minui(arith.addi(x_row, fragments.i32(8 * tile)), fragments.i32(problem.rows - 1))
+        pointer = fragments.address(refs["x_smem"], fragments.multiply_add(row, x_stride, x_column))
+        loads = [fragments.load_matrices(pointer, 64 * quarter) for quarter in range(4)]
+        x.append([pair for load in loads for pair in (load[:2], load[2:])])
+    item = jnp.dtype(problem.scale_dtype).itemsize
+    column = arith.shrui(lane, fragments.i32(2))
+    scale_kind = "f32" if item == 4 else "u16"
+    row_columns = problem.groups * problem.columns
+    scales = fragments.address(
+        refs["scales_smem"], fragments.multiply_add(fragments.multiply_add(warp, row_columns, column), item)
+    )
+    if problem.symmetric:
+        zeros, minus = None, fragments.subtrahends(None, bits, dtype)
+    else:
+        zeros = fragments.address(refs["zeros_smem"], fragments.multiply_add(warp, row_columns, column))
+    steps = 8 // problem.groups
+    results = []
+    for strip in range(strips):
+        loads = [fragments.load_shared(packed, strip * unit + 512 * part, "v4.b32") for part in range(bits // 2)]
+        flat = [word for load in loads for word in load]
+        words = [flat[step * bits // 4 : (step + 1) * bits // 4] for step in range(8)]
+        totals = [sums[strip * tiles + tile] for tile in range(tiles)]
+        for group in range(problem.groups):
+            position = group * problem.columns + strip * layout.STRIP
+            if not problem.symmetric:
+                pair = [fragments.load_shared(zeros, position + high, "u8") for high in (0, 8)]
+                minus = fragments.subtrahends(pair, bits, dtype)
+            accumulated = [None] * tiles
+            for step in range(group * steps, (group + 1) * steps):
+                a = fragments.integers(words[step], bits, dtype, minus, problem.symmetric)
+                for tile in range(tiles):
+                    accumulated[tile] = fragments.product(a, x[tile][step], accumulated[tile], dtype)
+            scale = [
+                fragments.widen(
+                    fragments.load_shared(scales, (position + high) * item, scale_kind), problem.scale_dtype
+                )
+                for high in (0, 8)
+            ]
+            totals = [
+                [fragments.fma(accumulated[tile][i], scale[i // 2], totals[tile][i]) for i in range(4)]
+                for tile in range(tiles)
+            ]
+        results.extend(totals)
+    return results
+
+
+def _finish(problem: Problem, sums, scratch, inputs, out_gmem, warpgroup, start, first):
+    """Adds all warps' sums and stores columns `first` … of the block whose columns begin at `start`."""
+    tiling, tiles, stride = problem.tiling, problem.row_tiles, problem.partial_stride
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def store_partial(ctx, partial, sums):
+        del ctx
+        lane, warp = fragments.lane_and_warp()
+        row = arith.shli(arith.andi(lane, fragments.i32(3)), fragments.i32(1))
+        column = arith.shrui(lane, fragments.i32(2))
+        offset = fragments.multiply_add(row, stride, column, fragments.multiply_add(warp, problem.rows * stride))
+        pointer = fragments.address(partial, fragments.multiply_add(offset, 4))
+        split = fragments.split(sums)
+        for strip in range(tiling.strips):
+            for tile in range(tiles):
+                for index, value in enumerate(split[strip * tiles + tile]):
+                    high, odd = divmod(index, 2)
+                    place = (8 * tile + odd) * stride + strip * layout.STRIP + 8 * high
+                    limit = problem.rows - 8 * tile - odd
+                    predicate = arith.cmpi(arith.CmpIPredicate.slt, row, fragments.i32(limit)) if limit < 8 else None
+                    utils.inline_ptx(
+                        f"st.shared.f32 [$0+{4 * place}], $1;", pointer, value, predicate=predicate,
+                        has_side_effects=True,
+                    )  # fmt: skip
+        utils.warpgroup_barrier()
+
+    store_partial(scratch["partial_smem"].at[pl.ds(warpgroup * WARPS, WARPS)], sums)
+    plgpu.barrier_arrive(scratch["done"])
+    plgpu.barrier_wait(scratch["done"])
+    names = [name for name in ("bias", "residual") if name in inputs]
+
+    @plgpu.inline_mgpu(
+        arg_types=(*(plgpu.RefType() for _ in range(2 + len(names))), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
+    )
+    def store(ctx, partial, out, *rest):
+        del ctx
+        added = dict(zip(names, rest, strict=False))
+        start, first = (value.registers.flatten()[0] for value in rest[len(names) :])
+        _store_block(problem, partial, out, added, start, first)
+
+    store(scratch["partial_smem"], out_gmem, *(inputs[name] for name in names), start, first)
+
+
+def _store_block(problem: Problem, partial, out, added, start, first):
+    """Every thread: out elements tid, tid + threads, … of the block, each the sum of all warps' parts."""
+    warps = problem.tiling.warpgroups * WARPS
+    threads, columns, stride = warps * 32, problem.columns, problem.partial_stride
+    i64 = ir.IntegerType.get_signless(64)
+    element = ir.BF16Type.get() if problem.dtype == "bfloat16" else ir.F16Type.get()
+    base = fragments.address(partial)
+    thread, total = utils.thread_idx(), problem.rows * columns
+
+    def pointer(ref, index, kind):
+        return llvm.getelementptr(
+            llvm.PointerType.get(), utils.memref_ptr(ref), [arith.extui(i64, index)], [-2147483648], kind,
+            llvm.GEPNoWrapFlags.none,
+        )  # fmt: skip
+
+    for round_ in range(-(-total // threads)):
+        index = arith.addi(thread, fragments.i32(round_ * threads))
+        row = arith.divui(index, fragments.i32(columns))
+        column = arith.remui(index, fragments.i32(columns))
+        where = arith.addi(start, column)
+        present = arith.cmpi(arith.CmpIPredicate.ult, where, fragments.i32(problem.out_features))
+        present = arith.andi(present, arith.cmpi(arith.CmpIPredicate.uge, where, first))
+        present = arith.andi(present, arith.cmpi(arith.CmpIPredicate.ult, index, fragments.i32(total)))
+        with utils.when(present):
+            source = arith.addi(base, fragments.multiply_add(fragments.multiply_add(row, stride, column), 4))
+            parts = [
+                fragments.load_shared(source, 4 * warp * problem.rows * stride, "f32") for warp in range(warps)
+            ]
+            value = functools.reduce(arith.addf, parts)
+            place = fragments.multiply_add(row, problem.out_features, where)
+            for name, ref, spot in (("bias", added.get("bias"), where), ("residual", added.get("residual"), place)):
+                if ref is not None:
+                    kind = {"bfloat16": ir.BF16Type, "float16": ir.F16Type, "float32": ir.F32Type}[
+                        problem.bias_dtype if name == "bias" else problem.dtype
+                    ].get()
+                    term = llvm.load(kind, pointer(ref, spot, kind))
+                    value = arith.addf(value, term if kind == fragments.f32_type() else arith.extf(term.type and fragments.f32_type(), term))
+            llvm.store(arith.truncf(element, value), pointer(out, place, element))
+
+
+# --- the portable pieces ---------------------------------------------------------------------------------------------
+
+
+def _portable_multiply(problem: Problem, refs, first_chunk, sums):
+    """`_multiply` in plain operations."""
+    strips, columns, tiles = problem.tiling.strips, problem.columns, problem.row_tiles
+    x = refs["x_smem"][...].astype(jnp.float32)
+    q = layout.integers(refs["packed_smem"][...], problem.bits).astype(jnp.float32)
+    scales = refs["scales_smem"][...].astype(jnp.float32)
+    zeros = refs["zeros_smem"][...].astype(jnp.float32) if "zeros_smem" in refs else None
+    parts = []
+    for warp in range(WARPS):
+        rows = layout.CHUNK // problem.groups
+        part = jnp.zeros((columns, problem.rows), jnp.float32)
+        for group in range(problem.groups):
+            start = warp * layout.CHUNK + group * rows
+            minus = float(2 ** (problem.bits - 1)) if zeros is None else zeros[warp, group]
+            values = q[start : start + rows] - minus
+            product = jnp.dot(values.T, x[:, start : start + rows].T, precision=lax.Precision.HIGHEST)
+            part = part + product * scales[warp, group][:, None]
+        part = jnp.where(first_chunk + warp < problem.chunks, part, 0.0)
+        part = jnp.pad(part, ((0, 0), (0, 8 * tiles - problem.rows)))
+        parts.append(part.reshape(strips, layout.STRIP, 8 * tiles).swapaxes(0, 1).reshape(layout.STRIP, -1))
+    return sums + jnp.concatenate(parts)
+
+
+def _portable_finish(problem: Problem, sums, scratch, inputs, out_gmem, warpgroup, start, first):
+    """`_finish` in plain operations."""
+    strips, tiles = problem.tiling.strips, problem.row_tiles
+    parts = sums.reshape(WARPS, layout.STRIP, strips, 8 * tiles)[..., : problem.rows]
+    parts = parts.transpose(0, 3, 2, 1).reshape(WARPS, problem.rows, problem.columns)
+    partial = scratch["partial_smem"]
+    partial[pl.ds(warpgroup * WARPS, WARPS), :, pl.ds(0, problem.columns)] = parts
+    plgpu.barrier_arrive(scratch["done"])
+    plgpu.barrier_wait(scratch["done"])
+
+    @pl.when(warpgroup == 0)
+    def _():
+        total = partial[...][..., : problem.columns].sum(0)
+        for column in range(problem.columns):
+            where = start + column
+
+            @pl.when((where >= first) & (where < problem.out_features))
+            def _(column=column, where=where):
+                value = total[:, column]
+                if "bias" in inputs:
+                    value = value + inputs["bias"][where].astype(jnp.float32)
+                if "residual" in inputs:
+                    value = value + inputs["residual"][:, where].astype(jnp.float32)
+                out_gmem[:, where] = value.astype(out_gmem.dtype)
