@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from qwen_jax.chat_template import CHATML, ChatTemplate, StandIns
+from qwen_jax.chat_template import CHATML, ChatTemplate, StandIns, plain_messages
 from qwen_jax.tokenizer import AutoTokenizer
 from tests.chat_folders import IDS, IM_END, IM_START, QWEN3_TEMPLATE, QWEN25_DEFAULT, QWEN25_TEMPLATE, write_chat_folder
 
@@ -266,6 +266,21 @@ def test_errors(qwen3, tmp_path):
     (base / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no chat template, and no <\|im_start\|>, <\|im_end\|> in the vocabulary"):
         AutoTokenizer.from_pretrained(base).apply_chat_template([user("q")])
+
+
+def test_newlines_and_indents_of_blocks_are_no_text():
+    template = "  {% if messages %}\n  {{ messages[0] }}\n  {% endif %}\nb\n"
+    assert ChatTemplate(template, "where").render(messages=["a"]) == "  a\nb"
+
+
+def test_messages_as_templates_expect_them():
+    given = [
+        {"role": "assistant", "content": None, "tool_calls": None, "reasoning": "r"},
+        {"role": "user", "name": None},
+    ]
+    first, second = plain_messages(given)
+    assert first == {"role": "assistant", "content": "", "reasoning": "r", "thinking": "r", "reasoning_content": "r"}
+    assert second == {"role": "user"} and given[0]["content"] is None
 
 
 def test_generation_tag_and_loop_controls():

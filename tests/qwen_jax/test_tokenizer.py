@@ -86,6 +86,18 @@ def test_flags_of_added_tokens(tmp_path, flag):
         assert tokenizer.encode(text, control_tokens=True) == reference.encode(text, add_special_tokens=False).ids
 
 
+def test_of_overlapping_added_tokens_the_longest(tmp_path):
+    write_byte_tokenizer(tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    for number, text in enumerate(("<|im_end|>\n", "a<|im", "|>")):
+        definition["added_tokens"].append(definition["added_tokens"][2] | {"content": text, "id": 259 + number})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("b<|im_end|>\n", "a<|im_end|>\n", "<|im_end|>|>"):
+        assert tokenizer.encode(text, control_tokens=True) == reference.encode(text, add_special_tokens=False).ids
+
+
 def test_decode_against_transformers(folder, tokenizer):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
