@@ -99,6 +99,10 @@ class Checkpoint:
         """Our paths of all modules and vectors."""
         return [*self._modules, *self._vectors]
 
+    def module_name(self, path: str) -> str:
+        """The name of a module or norm in the file, e.g. "model.layers.0.mlp.up_proj"."""
+        return names.theirs(self.config.family, path)
+
     def nbytes(self, path: str) -> int:
         """Bytes that a module or vector takes in the files."""
         return sum(tensor.nbytes for tensor in self._stored[path].values())
@@ -144,7 +148,7 @@ class Checkpoint:
             elif not names.is_buffer(name):
                 homeless.append(name)
         empty = [
-            f"{names.theirs(self.config.family, path)}.weight"
+            f"{self.module_name(path)}.weight"
             for path in (*self._modules, *self._vectors)
             if not any(name in self._stored.get(path, {}) for name in ("weight", *PACKED))
         ]
@@ -162,12 +166,12 @@ class Checkpoint:
             self._check(self._tied_head, self._stored["embedding"]["weight"].shape, FLOATS)
 
     def _tell_unused_rules(self) -> None:
-        modules = [names.theirs(self.config.family, path) for path in self._modules]
+        modules = [self.module_name(path) for path in self._modules]
         for pattern in self.quantization.unused_rules(modules) if self.quantization else ():
             logger.info("%s: dynamic rule %r matches no module.", self.folder, pattern)
 
     def _where(self, path: str) -> str:
-        return f"{self.folder}: {names.theirs(self.config.family, path)}"
+        return f"{self.folder}: {self.module_name(path)}"
 
     def _parts(self, path: str) -> dict[str, StoredTensor]:
         if path not in self._modules:
@@ -192,7 +196,7 @@ class Checkpoint:
                     "quantization_config; one of them must tell bits and group_size."
                 )
             return None
-        settings = config.for_module(names.theirs(self.config.family, path))
+        settings = config.for_module(self.module_name(path))
         if packed and (settings is None or PACKED[packed] != config.method):
             what = "a float module" if settings is None else f"of quant_method {config.method!r}"
             raise CheckpointError(f"{where}: the file holds {packed}, but by {config.where} it is {what}; {advice}.")
