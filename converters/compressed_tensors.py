@@ -71,7 +71,7 @@ def read(
     out_features = parts[SCALES].shape[0]
     shape = parts.get("weight_shape")
     if shape is not None and tuple(shape) != (out_features, in_features):
-        raise CheckpointError(f"{where}.weight_shape: is {list(shape)}, expected [{out_features}, {in_features}].")
+        raise CheckpointError(f"{where}.weight_shape: is {shape.tolist()}, expected [{out_features}, {in_features}].")
     zeros, _ = read_zeros(parts, settings, config, out_features, where)
     permutation = read_permutation(parts, settings, in_features, where)
     packed = np.ascontiguousarray(parts[PACKED].T)

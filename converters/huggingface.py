@@ -197,6 +197,10 @@ class Checkpoint:
                 )
             return None
         settings = config.for_module(self.module_name(path))
+        if packed and path == "embedding":
+            raise CheckpointError(
+                f"{where}: is quantized, which is not supported for the embedding; leave it in float."
+            )
         if packed and (settings is None or PACKED[packed] != config.method):
             what = "a float module" if settings is None else f"of quant_method {config.method!r}"
             raise CheckpointError(f"{where}: the file holds {packed}, but by {config.where} it is {what}; {advice}.")

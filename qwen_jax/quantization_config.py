@@ -18,6 +18,8 @@ from qwen_jax.json_keys import JsonKeys, read_json
 logger = logging.getLogger("qwen_jax")
 
 BITS = (2, 3, 4, 8)
+PACKED_BITS = (2, 4, 8)  # compressed-tensors has packed 3 bits in two ways that a file does not tell apart
+EMBEDDINGS = ("embed_tokens", "wte")
 GPTQ_FORMATS = ("gptq", "gptq_v2", "gptq_p")
 
 # How the file was made, not what is in it; and other software's run-time switches.
@@ -157,10 +159,13 @@ class QuantizationConfig:
         return [each for each in patterns if not any(re.match(_expression(each), name) for name in names)]
 
     def _from_schemes(self, name: str) -> ModuleSettings | None:
+        # A target is a name, "re:" and an expression, or a PyTorch class.
+        kind = "Embedding" if name.endswith(EMBEDDINGS) else "Linear"
+
         def named(target: str) -> bool:
             if target.startswith("re:"):
                 return re.match(target[3:], name) is not None
-            return target in (name, "Linear")
+            return target in (name, kind)
 
         if any(named(each) for each in self.modules_to_not_convert):
             return None
@@ -309,7 +314,11 @@ def _scheme(keys: JsonKeys, file_format: str) -> Scheme:
     if strategy not in ("group", "channel"):
         raise CheckpointError(f"{weights.where}: strategy is {strategy!r}, expected 'group' or 'channel'.")
     actorder = weights.take((str, bool), "actorder", default=False)
-    bits = _bits(weights, "num_bits")
+    bits = weights.take(int, "num_bits")
+    if bits not in PACKED_BITS:
+        raise CheckpointError(
+            f"{weights.where}: num_bits is {bits}, expected one of {', '.join(map(str, PACKED_BITS))}."
+        )
     group_size = -1
     if strategy == "group":
         group_size = _group_size(weights)
