@@ -67,7 +67,9 @@ def chat_stream(
     if "enable_thinking" in settings:
         options["enable_thinking"] = settings.pop("enable_thinking")
     own = model.generation_config
-    new = max_new_tokens or min(own.max_new_tokens or DEFAULT_NEW_TOKENS, max(model.max_length // 2, 1))
+    new = max_new_tokens
+    if new is None:
+        new = min(own.max_new_tokens or DEFAULT_NEW_TOKENS, max(model.max_length // 2, 1))
     ids = prompt_ids(
         tokenizer,
         query,
