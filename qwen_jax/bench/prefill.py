@@ -1,0 +1,60 @@
+"""Speed of reading a prompt: one whole prefill of a model of true dimensions."""
+
+import dataclasses
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from qwen_jax.generation import Programs, bucket
+from qwen_jax.kv_cache import CacheState
+from qwen_jax.model import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillResult:
+    """One measurement: milliseconds of a prefill, median of the rounds, and prompt tokens a second."""
+
+    model: str
+    bits: int
+    kv_bits: int
+    batch: int
+    context: int
+    milliseconds: float
+    fastest: float
+    slowest: float
+    tokens_per_second: float
+    peak_bytes: int | None
+
+
+def measure(
+    name: str, decoder: Decoder, *, bits: int, kv_bits: int, batch: int, context: int, rounds: int = 5
+) -> PrefillResult:
+    """Reads `batch` random prompts of `context` tokens into a fresh cache, `rounds` times after a warm-up."""
+    programs = Programs(decoder)
+    width = bucket(context)
+    ids_BT = np.random.default_rng(0).integers(0, decoder.config.vocab_size, (batch, width)).astype(np.int32)
+    lengths_B = np.full(batch, context, np.int32)
+    seconds = []
+    for _ in range(rounds + 2):
+        cache = CacheState.empty(decoder.config, batch, width, decoder.dtype, kv_bits == 8)
+        jax.block_until_ready(cache)
+        start = time.perf_counter()
+        jax.block_until_ready(programs.prefill(ids_BT, lengths_B, cache))
+        seconds.append(time.perf_counter() - start)
+    seconds = seconds[2:]
+    median = statistics.median(seconds)
+    stats = jax.devices()[0].memory_stats() or {}
+    return PrefillResult(
+        name,
+        bits,
+        kv_bits,
+        batch,
+        context,
+        median * 1e3,
+        min(seconds) * 1e3,
+        max(seconds) * 1e3,
+        batch * context / median,
+        stats.get("peak_bytes_in_use"),
+    )
