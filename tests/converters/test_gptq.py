@@ -95,6 +95,9 @@ def test_write_then_read_gives_the_same(bits, in_features, group_size, act_order
     np.testing.assert_array_equal(dequantize(back), dequantize(weight))
     if zeros is None:
         assert back.zeros is None
+    if permutation is not None:  # rows sorted by group, inside a group by input
+        found = np.arange(in_features) if back.permutation is None else back.permutation
+        np.testing.assert_array_equal(found, permutation)
     again = gptq.write(back, quantization)
     assert all(np.array_equal(again[name], part) and again[name].dtype == part.dtype for name, part in parts.items())
 

@@ -191,6 +191,27 @@ def test_a_module_both_float_and_quantized(tmp_path):
     refused(edited(QWEN1, tmp_path, tensors=extra), "mlp.w1: has both weight and qweight")
 
 
+@pytest.mark.parametrize("place", ["config.json alone", "quantize_config.json alone", "three keys"])
+def test_settings_may_live_in_one_place_and_be_few(tmp_path, place):
+    def few(content):
+        for name in set(content) - {"bits", "group_size", "quant_method"}:
+            del content[name]
+
+    folder = edited(
+        QWEN1,
+        tmp_path,
+        config={"quantization_config": None} if place.startswith("quantize") else None,
+        quantize=few if place == "three keys" else None,
+    )
+    if place.startswith("config"):
+        (folder / "quantize_config.json").unlink()
+    checkpoint, golden = Checkpoint(folder), Checkpoint(GOLDEN / QWEN1 / "quantized")
+    for path in ("layers.0.attention.qkv", "layers.2.mlp.down"):
+        assert checkpoint.spec(path) == golden.spec(path)
+        found, wanted = checkpoint.read(path).weight, golden.read(path).weight
+        np.testing.assert_array_equal(dequantize(found), dequantize(wanted))
+
+
 # Rounded models: short last groups, modules that differ --------------------------------------------------------------
 
 
