@@ -81,9 +81,13 @@ def header(file: Path) -> dict[str, StoredTensor]:
             raw = json.loads(stream.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{file}: is no safetensors file ({error}); {DAMAGED}.") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: its header is a {type(raw).__name__}, expected an object; {DAMAGED}.")
     raw.pop("__metadata__", None)
     tensors, end = {}, 0
     for name, entry in raw.items():
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+            raise CheckpointError(f"{file}: {name}: its header entry is {entry!r:.80}; {DAMAGED}.")
         begin, stop = entry["data_offsets"]
         tensor = StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin)
         if tensor.dtype in DTYPES and stop - begin != tensor.nbytes:

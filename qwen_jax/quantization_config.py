@@ -29,6 +29,8 @@ MEANINGLESS = frozenset(
     model_file_base_name meta dataset tokenizer batch_size pad_token_id model_seqlen block_name_to_quantize
     module_name_preceding_first_block use_cuda_fp16 use_exllama disable_exllama exllama_config max_input_length
     cache_block_outputs backend device parallel hyb_act mse autogptq_version autoround_version act_group_aware
+    enable_quanted_input enable_minmax_tuning seqlen scale_dtype lr minmax_lr gradient_accumulate_steps iters amp nsamples
+    low_gpu_mem_usage low_cpu_mem_usage to_quant_block_names provider
     global_compression_ratio quantization_status version sparsity_config transform_config moe_sparsity_config
     """.split()
 )
@@ -215,6 +217,7 @@ def _gptq(keys: JsonKeys) -> dict[str, Any]:
         keys.must_be(name, None, "it changes the model beyond its weights, which is not supported")
     keys.must_be("is_marlin_format", False, "Marlin's own layout is not supported; export as 'gptq'")
     keys.must_be("pack_dtype", "int32", "only 32-bit words are supported; export with pack_dtype int32")
+    keys.must_be("data_type", "int", "only integer weights are supported")
     file_format = keys.take(str, "checkpoint_format", "format", default="gptq")
     if file_format not in GPTQ_FORMATS:
         raise CheckpointError(

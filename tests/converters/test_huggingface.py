@@ -334,8 +334,14 @@ def test_a_truncated_file(tmp_path, size):
 
 def test_a_file_that_is_no_safetensors_file(tmp_path):
     folder = edited(PER_CHANNEL, tmp_path)
-    weights_file(folder).write_bytes((100).to_bytes(8, "little") + b"x" * 200)
-    refused(folder, "is no safetensors file")
+    file = weights_file(folder)
+    for content, message in (
+        (b"x" * 100, "is no"),
+        (b"[]", "its header is a list"),
+        (b'{"a": {}}', "a: its header entry is {}"),
+    ):
+        file.write_bytes(len(content).to_bytes(8, "little") + content)
+        refused(folder, str(file), message, "download it again")
 
 
 def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
