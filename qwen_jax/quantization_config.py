@@ -29,8 +29,8 @@ MEANINGLESS = frozenset(
     model_file_base_name meta dataset tokenizer batch_size pad_token_id model_seqlen block_name_to_quantize
     module_name_preceding_first_block use_cuda_fp16 use_exllama disable_exllama exllama_config max_input_length
     cache_block_outputs backend device parallel hyb_act mse autogptq_version autoround_version act_group_aware
-    enable_quanted_input enable_minmax_tuning seqlen scale_dtype lr minmax_lr gradient_accumulate_steps iters amp nsamples
-    low_gpu_mem_usage low_cpu_mem_usage to_quant_block_names provider
+    enable_quanted_input enable_minmax_tuning seqlen scale_dtype lr minmax_lr gradient_accumulate_steps iters amp
+    nsamples low_gpu_mem_usage low_cpu_mem_usage to_quant_block_names provider
     global_compression_ratio quantization_status version sparsity_config transform_config moe_sparsity_config
     """.split()
 )
