@@ -1,7 +1,6 @@
 """Tokenizers of all Qwen families behind one small face; `AutoTokenizer` picks the class by a folder's own files."""
 
 import abc
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError
+from .json_keys import read_json
 
 # Everything that a tokenizer may be read from; what a converter has to copy beside the weights.
 TOKENIZER_FILES = (
@@ -149,7 +149,7 @@ class AutoTokenizer:
         Raises: CheckpointError if there is no such folder or model, or its files hold no tokenizer.
         """
         folder = tokenizer_folder(name_or_folder)
-        model_type = read_json(folder / "config.json").get("model_type")
+        model_type = optional_json(folder / "config.json").get("model_type")
         has_v1 = (folder / V1_VOCABULARY).is_file()
         has_fast = (folder / "tokenizer.json").is_file()
         if has_v1 and (model_type == "qwen" or not has_fast):
@@ -208,14 +208,6 @@ def checked_text(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty if the file does not exist."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); the file may be truncated.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
+def optional_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if the file does not exist."""
+    return read_json(path) if path.is_file() else {}

@@ -10,7 +10,8 @@ import tokenizers
 
 from .chat_template import CHATML, ChatTemplate, StandIns, plain_messages, texts_in
 from .errors import CheckpointError
-from .tokenizer import IM_END, IM_START, Tokenizer, checked_text, read_json
+from .json_keys import read_json
+from .tokenizer import IM_END, IM_START, Tokenizer, checked_text, optional_json
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONTROL_SPELLING = re.compile(r"<\|.*\|>", re.DOTALL)
@@ -55,7 +56,7 @@ class FastTokenizer(Tokenizer):
     @classmethod
     def from_folder(cls, folder: Path) -> "FastTokenizer":
         """From `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
-        config = read_json(folder / "tokenizer_config.json")
+        config = optional_json(folder / "tokenizer_config.json")
         return cls(read_json(folder / "tokenizer.json"), config, _folder_template(folder, config), str(folder))
 
     @classmethod
@@ -63,7 +64,7 @@ class FastTokenizer(Tokenizer):
         """From `vocab.json` and `merges.txt`, which `transformers` knows how to make a tokenizer of."""
         from transformers import Qwen2Tokenizer
 
-        config = read_json(folder / "tokenizer_config.json")
+        config = optional_json(folder / "tokenizer_config.json")
         built = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
         definition = json.loads(built.backend_tokenizer.to_str())
         return cls(definition, config, _folder_template(folder, config), str(folder))

@@ -254,7 +254,7 @@ def test_errors_name_the_file(tmp_path, monkeypatch):
         AutoTokenizer.from_pretrained(tmp_path)
     broken = write_successor(tmp_path / "broken", "A")
     (broken / "tokenizer.json").write_text((broken / "tokenizer.json").read_text()[:500])
-    with pytest.raises(CheckpointError, match="tokenizer.json: not readable as JSON.*truncated"):
+    with pytest.raises(CheckpointError, match="tokenizer.json: not readable as JSON"):
         AutoTokenizer.from_pretrained(broken)
     for name in ("/no/such/folder", "./none", "a/b/c", str(tmp_path / "config.json")):
         with pytest.raises(CheckpointError, match=r"expected a checkpoint's folder or a Hub id \(owner/name\)"):
