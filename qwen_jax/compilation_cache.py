@@ -16,10 +16,12 @@ def enable(folder: pathlib.Path | None = None) -> pathlib.Path | None:
     """
     if not jax.config.jax_enable_compilation_cache:
         return None
-    if jax.config.jax_compilation_cache_dir is None:
+    if chosen := jax.config.jax_compilation_cache_dir:
+        folder = pathlib.Path(chosen)
+    else:
         folder = folder or cache_folder() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return pathlib.Path(jax.config.jax_compilation_cache_dir)
+    return folder

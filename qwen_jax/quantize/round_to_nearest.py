@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from converters import gptq, names
 from converters.folders import copy_side_files
 from converters.huggingface import Checkpoint
+from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.layout import from_integers
 from qwen_jax.config import QuantizationConfig
@@ -84,10 +85,6 @@ def quantize_folder(
         CheckpointError: the source cannot be read or is quantized already.
     """
     checkpoint = Checkpoint(source)
-    if checkpoint.quantization is not None:
-        raise CheckpointError(
-            f"{source}: is quantized already ({checkpoint.quantization.where}); expected a float one."
-        )
     settings = {"bits": bits, "group_size": group_size, "sym": symmetric, "desc_act": False, "quant_method": "gptq"}
     # v1 has no place for a zero-point of 0, which a group of positive weights has
     settings["checkpoint_format"] = "gptq" if symmetric else "gptq_v2"
@@ -100,13 +97,16 @@ def quantize_folder(
     done = 0
     for path in matrices:
         module, name = checkpoint.read(path), names.theirs(family, path)
+        matrix = module.weight
+        if not isinstance(matrix, DenseTensor):
+            raise CheckpointError(f"{source}: {name} is quantized already, expected a float checkpoint.")
         if names.may_have_bias(checkpoint.config, path):
-            zero = np.zeros(module.weight.out_features, module.weight.dtype)
+            zero = np.zeros(matrix.out_features, matrix.dtype)
             tensors[f"{name}.bias"] = zero if module.bias is None else module.bias
         if not path.startswith("layers."):
-            tensors[f"{name}.weight"] = module.weight.data
+            tensors[f"{name}.weight"] = matrix.data
             continue
-        weight = round_to_nearest(module.weight.data.T, bits=bits, group_size=group_size, symmetric=symmetric)
+        weight = round_to_nearest(matrix.data.T, bits=bits, group_size=group_size, symmetric=symmetric)
         tensors |= {f"{name}.{part}": array for part, array in gptq.write(weight, config).items()}
         done += 1
         progress(done, total)

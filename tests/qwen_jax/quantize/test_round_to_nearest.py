@@ -1,10 +1,14 @@
 """Rounding to nearest, against the definition of the format in NumPy float64."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from converters.huggingface import Checkpoint
 from pallas_kernels.quantized_matmul.reference import dequantize
-from qwen_jax.quantize.round_to_nearest import round_to_nearest
+from qwen_jax.errors import CheckpointError
+from qwen_jax.quantize.round_to_nearest import quantize_folder, round_to_nearest
 
 rng = np.random.default_rng(0)
 
@@ -52,3 +56,29 @@ def test_weights_that_no_float16_scale_can_hold_are_an_error(bad):
     weight_IO[3, 4] = bad
     with pytest.raises(ValueError, match="not finite, or too large for float16"):
         round_to_nearest(weight_IO, bits=4, group_size=64)
+
+
+def test_a_quantized_folder_is_refused(tmp_path):
+    folder = Path(__file__).parents[2] / "golden" / "qwen2-int4-per-channel" / "quantized"
+    with pytest.raises(CheckpointError, match=r"q_proj is quantized already, expected a float checkpoint"):
+        quantize_folder(folder, tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_folder_keeps_what_is_not_rounded(tmp_path):
+    source = Path(__file__).parents[2] / "golden" / "qwen2-int4-g64-actorder-asym" / "source"
+    quantize_folder(source, tmp_path, bits=8, group_size=128, symmetric=True)
+    before, after = Checkpoint(source), Checkpoint(tmp_path)
+    assert after.quantization is not None and after.quantization.checkpoint_format == "gptq"
+    for path in before.paths:
+        if path.endswith(".scale"):
+            assert np.array_equal(before.read_vector(path), after.read_vector(path))
+            continue
+        one, other = before.read(path), after.read(path)
+        assert (one.bias is None) == (other.bias is None)
+        assert one.bias is None or np.array_equal(one.bias, other.bias)
+        if path.startswith("layers."):
+            error_IO = np.abs(dequantize(other.weight) - one.weight.data.T)
+            assert 0 < error_IO.max() <= 0.51 * np.asarray(other.weight.scales, np.float64).max()
+        else:
+            assert np.array_equal(one.weight.data, other.weight.data)
