@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.kv_attention import mosaic_gpu_tile as tiles
 from pallas_kernels.kv_attention.mosaic_gpu_merge import FastMerge
+from pallas_kernels.kv_attention.mosaic_gpu_schedule import Schedule
 from pallas_kernels.kv_attention.tensor import KVArrays
 
 HOPPER_AND_NEWER = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300", "GB200", "GB300")
@@ -35,20 +36,6 @@ class Plan:
     workers: int = 264
 
 
-def _scalar(ref, index):
-    return ref[index]
-
-
-class _Cursor:
-    """A place in the list of tiles: slot, head, tile within the item, the item's tiles and its first tile."""
-
-    def __init__(self, slot, head, tile, count, first):
-        self.slot, self.head, self.tile, self.count, self.first = slot, head, tile, count, first
-
-    def tree(self):
-        return self.slot, self.head, self.tile, self.count, self.first
-
-
 def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=None, interpret=None, whole=True):
     """The kernel as a function of arrays.
 
@@ -67,52 +54,17 @@ def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=N
     """
     merge = merge or FastMerge(shape)
     slots, kv_heads, length = dims
+    schedule = Schedule(slots, kv_heads, length, shape.tokens, plan.workers, window)
     items, tokens, share, K = slots * kv_heads, shape.tokens, shape.share, shape.head_dim
     scaled, biased, workers, stages = shape.quantized, shape.bias_dtype is not None, plan.workers, plan.stages
-
-    def tiles_of(lengths, slot):
-        """(tiles, first tile) of an item of the slot."""
-        valid = jnp.clip(lengths[jnp.minimum(slot, slots - 1)], 1, length)
-        first = jnp.int32(0) if window is None else jnp.maximum(valid - window, 0) // tokens
-        return (valid + tokens - 1) // tokens - first, first
-
-    def advance(lengths, cursor):
-        slot, head, tile, count, first = cursor
-        tile = tile + 1
-        wrap = tile >= count
-        head = jnp.where(wrap, head + 1, head)
-        tile = jnp.where(wrap, 0, tile)
-        next_slot = head >= kv_heads
-        slot = jnp.where(next_slot, slot + 1, slot)
-        head = jnp.where(next_slot, 0, head)
-        count, first = tiles_of(lengths, slot)
-        return slot, head, tile, count, first
 
     def body(query, keys, values, scales, lengths, layer, counters, bias, out, partial, statistics, smem, barriers):
         worker = lax.axis_index("worker")
         layer = layer[0]
-        total = kv_heads * lax.fori_loop(0, slots, lambda slot, n: n + tiles_of(lengths, slot)[0], jnp.int32(0))
-        each, extra = total // workers, total % workers
-
-        def first_of(who):
-            return who * each + jnp.minimum(who, extra)
-
-        def worker_of(tile):
-            small = tile < extra * (each + 1)
-            late = extra + (tile - extra * (each + 1)) // jnp.maximum(each, 1)
-            return jnp.where(small, tile // (each + 1), late)
-
-        begin = first_of(worker)
-        todo = first_of(worker + 1) - begin
-
-        def find(slot, carry):
-            found, before, seen = carry
-            seen = seen + kv_heads * tiles_of(lengths, slot)[0]
-            past = begin >= seen
-            return jnp.where(past, slot + 1, found), jnp.where(past, seen, before), seen
-
-        slot, before, _ = lax.fori_loop(0, slots, find, (jnp.int32(0), jnp.int32(0), jnp.int32(0)))
-        count, first = tiles_of(lengths, slot)
+        total, slot, before = merge.locate(schedule, lengths, worker)
+        begin = schedule.first_of(worker, total)
+        todo = schedule.first_of(worker + 1, total) - begin
+        count, first = schedule.tiles_of(lengths, slot)
         cursor = (slot, (begin - before) // count, (begin - before) % count, count, first)
 
         def issue(stage, cursor):
@@ -136,7 +88,7 @@ def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=N
             def _(ahead=ahead, stage=stage):
                 issue(stage, ahead)
 
-            ahead = advance(lengths, ahead)
+            ahead = schedule.advance(lengths, ahead)
         if biased and table_slots == 1:
             merge.build_table(bias[1], bias[2], jnp.int32(0), smem["table"])
 
@@ -186,7 +138,7 @@ def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=N
                 def _():
                     issue(stage, ahead)
 
-                return state, advance(lengths, ahead)
+                return state, schedule.advance(lengths, ahead)
 
             state, ahead = lax.fori_loop(0, run, step, (state, ahead))
             item = slot * kv_heads + head
@@ -206,7 +158,7 @@ def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=N
                 @pl.when(jnp.logical_not(complete))
                 def _():
                     start = begin + done - tile
-                    low, high = worker_of(start), worker_of(start + count - 1)
+                    low, high = schedule.worker_of(start, total), schedule.worker_of(start + count - 1, total)
                     last = merge.arrive(counters, item, high - low + 1, smem["scratch"])
 
                     @pl.when(last == 1)
@@ -216,7 +168,7 @@ def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=N
                         )
 
             after = (slot, head, tile + run - 1, count, first)
-            return done + run, advance(lengths, after), ahead
+            return done + run, schedule.advance(lengths, after), ahead
 
         lax.while_loop(lambda carry: carry[0] < todo, segment, (jnp.int32(0), cursor, ahead))
 

@@ -13,6 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import scf
 
 from pallas_kernels.kv_attention import warp as w
+from pallas_kernels.kv_attention.mosaic_gpu_schedule import locate
 from pallas_kernels.kv_attention.mosaic_gpu_tile import (
     WARPGROUP,
     FastTile,
@@ -28,7 +29,9 @@ _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT
 
 
 class FastMerge(FastTile):
-    """`FastTile` with the merging of what its tiles left."""
+    """`FastTile` with the division of the work and the merging of what the tiles left."""
+
+    locate = staticmethod(locate)
 
     def finish(self, state, scratch, out, partial, statistics, *, row, slice_index, complete):
         """Merges the warps. A complete item goes to `out`, else its part to `partial` and `statistics`.
@@ -65,19 +68,20 @@ class FastMerge(FastTile):
             del ctx
             thread = _Thread.here()
             counters, scratch = utils.memref_ptr(counters), utils.memref_ptr(scratch)
-            w.fence_device()
+            # Thread 0's fence covers what the barrier ordered before it; slices are read from L2, past any stale line.
             utils.warpgroup_barrier()
             first = scf.IfOp(w.equal(thread.index, 0))
             with ir.InsertionPoint(first.then_block):
                 where = w.offset(counters, w.imul(_scalar(item), 4))
                 limit = w.iadd(_scalar(expected), -1)
-                text = "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;"
+                w.fence_device()
+                text = "atom.relaxed.gpu.global.inc.u32 $0, [$1], $2;"
                 before = w.asm(text, [w.i32_type()], where, limit, effects=True)
+                w.fence_device()
                 last = w.select(w.equal(before, limit), w.i32(1), w.i32(0))
                 w.store_words(scratch, 0, [last])
                 scf.YieldOp([])
             utils.warpgroup_barrier()
-            w.fence_device()
             last = w.load_words(scratch, 0, 1)[0]
             utils.warpgroup_barrier()
             return mgpu.FragmentedArray.splat(last, (), is_signed=True)
@@ -186,12 +190,17 @@ def _store(pointer, index, value, dtype):
     w.store_float_as(w.element(pointer, index, 4 if dtype == "float32" else 2), 0, value, dtype)
 
 
-_TOGETHER = 8  # slices read at once: their latencies overlap
+_TOGETHER = 4  # slices read at once, for two elements: their latencies overlap, and registers suffice
 
 
 def _combine(shape: TileShape, dtype, out, partial, statistics, row, first, count):
     thread = _Thread.here()
     elements = list(_elements(shape, thread))
+    for pair in range(0, len(elements), 2):
+        _combine_elements(shape, dtype, out, partial, statistics, row, first, count, elements[pair : pair + 2])
+
+
+def _combine_elements(shape: TileShape, dtype, out, partial, statistics, row, first, count, elements):
     begin = [w.f32(-3e38), w.f32(0.0), w.f32(0.0)] * len(elements)
     loop = scf.ForOp(w.i32(0), count, w.i32(_TOGETHER), begin)
     with ir.InsertionPoint(loop.body):

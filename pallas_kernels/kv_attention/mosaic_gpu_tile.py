@@ -24,6 +24,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import scf
 
 from pallas_kernels.kv_attention import warp as w
 
@@ -400,10 +401,7 @@ class FastTile:
             for distance in (4, 8, 16):
                 highest = w.maximum(highest, w.shuffle_xor(highest, distance))
             renewed.append(highest)
-        decay = [w.exp2(w.sub(old, new)) for old, new in zip(maximum, renewed, strict=True)]
-        acc = [w.mul(x, decay[index % 2]) for index, x in enumerate(acc)]
-        total = [w.mul(x, y) for x, y in zip(total, decay, strict=True)]
-        shift = [w.mul(x, y) for x, y in zip(shift, decay, strict=True)]
+        acc, total, shift = _decayed(acc, total, shift, maximum, renewed)
         for column in range(2):
             base = w.sub(renewed[column], w.f32(HEADROOM))
             for block in range(shape.blocks):
@@ -549,6 +547,20 @@ class _Row:
     log2_scale: ir.Value | None = None
     inverse_scale: ir.Value | None = None
     minimum: ir.Value | None = None
+
+
+def _decayed(acc, total, shift, maximum, renewed):
+    """What was summed under the old maximum, under the new one; skipped where no query of the warp has a new one."""
+    grown = [w.arith.cmpf(w.arith.CmpFPredicate.OLT, old, new) for old, new in zip(maximum, renewed, strict=True)]
+    values = [*acc, *total, *shift]
+    op = scf.IfOp(w.any_lane(w.arith.ori(*grown)), [w.f32_type()] * len(values), has_else=True)
+    with ir.InsertionPoint(op.then_block):
+        decay = [w.exp2(w.sub(old, new)) for old, new in zip(maximum, renewed, strict=True)]
+        scf.YieldOp([w.mul(value, decay[index % 2]) for index, value in enumerate(values)])
+    with ir.InsertionPoint(op.else_block):
+        scf.YieldOp(values)
+    new = list(op.results)
+    return new[: len(acc)], new[-4:-2], new[-2:]
 
 
 def _split(first, second):

@@ -76,6 +76,11 @@ def imin(a, b):
     return arith.minsi(_integer(a), _integer(b))
 
 
+def imax(a, b):
+    """Maximum of signed integers."""
+    return arith.maxsi(_integer(a), _integer(b))
+
+
 def less(a, b):
     """Signed a < b, as i1."""
     return arith.cmpi(arith.CmpIPredicate.slt, _integer(a), _integer(b))
@@ -217,6 +222,34 @@ def shuffle_xor(x, distance: int):
     text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
     word = arith.bitcast(i32_type(), x)
     return arith.bitcast(f32_type(), asm(text, [i32_type()], word, effects=True))
+
+
+def shuffle_up(x, distance: int):
+    """The i32 of the lane `distance` below; a lane without one gets zero."""
+    text = "{.reg .pred p; shfl.sync.up.b32 $0|p, $1, " + str(distance) + ", 0x0, 0xffffffff; @!p mov.b32 $0, 0;}"
+    return asm(text, [i32_type()], x, effects=True)
+
+
+def broadcast(x, lane: int):
+    """The i32 of one lane, in all."""
+    return asm(f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1f, 0xffffffff;", [i32_type()], x, effects=True)
+
+
+def warp_sum(x):
+    """The sum of an i32 over the warp."""
+    return asm("redux.sync.add.s32 $0, $1, 0xffffffff;", [i32_type()], x, effects=True)
+
+
+def warp_max(x):
+    """The maximum of an i32 over the warp."""
+    return asm("redux.sync.max.s32 $0, $1, 0xffffffff;", [i32_type()], x, effects=True)
+
+
+def any_lane(condition):
+    """Whether an i1 holds in any lane, the same in all."""
+    text = "{.reg .pred p, q; setp.ne.b32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q;}"
+    word = asm(text, [i32_type()], select(condition, i32(1), i32(0)), effects=True)
+    return equal(word, 1)
 
 
 def warp_barrier():
