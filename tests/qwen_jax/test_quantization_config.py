@@ -52,7 +52,7 @@ def test_which_modules():
 
 def test_dynamic_rules():
     rules = {r"+:.*\.1\.self_attn\.q_proj": {"bits": 8, "group_size": 64}, r".*\.up_proj": {"group_size": -1}}
-    rules |= {r"-:.*\.0\.mlp\.down_proj": {}, r".*\.0\.mlp.*": {"bits": 8}}
+    rules |= {r".*\.0\.mlp.*": {"bits": 8}, r"-:.*\.0\.mlp\.down_proj": {}}
     config = read(AUTOGPTQ, dynamic=rules)
 
     def found(name):
