@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qwen_jax import checkpoint_store, conversation
 from qwen_jax.config import ModelConfig
@@ -17,6 +18,8 @@ from qwen_jax.inputs import align, check_ids, pad
 from qwen_jax.kv_cache import CacheState, KVCache, bytes_per_token
 from qwen_jax.model import Decoder
 from qwen_jax.sampling import SamplingConfig
+from qwen_jax.sharded_programs import ShardedPrograms
+from qwen_jax.sharding import check_mesh
 from qwen_jax.text_stream import TextStream
 
 logger = logging.getLogger("qwen_jax")
@@ -58,15 +61,17 @@ class QwenForCausalLM:
         *,
         use_cache_quantization: bool = False,
         max_length: int | None = None,
+        mesh: Mesh | None = None,
+        config: ModelConfig | None = None,
     ):
         self.decoder = decoder
-        self.config: ModelConfig = decoder.config
+        self.config: ModelConfig = config or decoder.config  # on a mesh the decoder's own is that of one device's share
         self.dtype = decoder.dtype
         self.generation_config = generation_config
         self.use_cache_quantization = use_cache_quantization
         self.max_length = max_length or self.config.max_position_embeddings
         self._room = max_length or min(self.config.max_position_embeddings, DEFAULT_ROOM)
-        self._programs = Programs(decoder)
+        self._programs = Programs(decoder) if mesh is None else ShardedPrograms(decoder, mesh)
 
     @classmethod
     def from_pretrained(
@@ -75,7 +80,7 @@ class QwenForCausalLM:
         *,
         dtype: str = "auto",
         use_cache_quantization: bool = False,
-        mesh=None,
+        mesh: Mesh | None = None,
         kernels: str = "auto",
         max_length: int | None = None,
         lm_head: str | None = None,
@@ -87,7 +92,8 @@ class QwenForCausalLM:
             dtype: of activations: "float32", "bfloat16", "float16", or "auto" (bfloat16 where the device computes in
                 it, float32 on a CPU). Float weights are kept in it, or in the file's own 16 bits under float32.
             use_cache_quantization: keep keys and values in 8 bits.
-            mesh: a `jax.sharding.Mesh`; sharded loading is not there yet, so only None is accepted.
+            mesh: a `jax.sharding.Mesh` with the axes "data" (rows of a batch) and "model" (heads, MLP, vocabulary), in
+                either order, Explicit or Auto, of any sizes; None for one device.
             kernels: "auto" or the name of a kernel ("xla", "mosaic_gpu", …); see `qwen-jax info`.
             max_length: tokens a cache holds at most, prompt and answer; None for the model's own context.
             lm_head: "int8" rounds the output projection to 8 bits (other numbers than the checkpoint's); None keeps it.
@@ -103,14 +109,21 @@ class QwenForCausalLM:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length}: expected at least 1 token, or None for the model's context.")
         if mesh is not None:
-            raise ValueError("mesh: sharded loading is not implemented yet; expected None. Load on one device.")
+            check_mesh(mesh)
         if dtype == "auto":
-            dtype = default_dtype()
+            dtype = default_dtype(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
         folder = checkpoint_store.find(name)
-        weights = checkpoint_store.open_weights(folder, dtype=dtype, kernels=kernels, lm_head=lm_head)
+        weights = checkpoint_store.open_weights(folder, dtype=dtype, kernels=kernels, lm_head=lm_head, mesh=mesh)
         decoder = Decoder(weights.config, weights, dtype=dtype, kernels=kernels, unroll=jax.default_backend() == "gpu")
         generation_config = GenerationConfig.from_folder(folder)
-        return cls(decoder, generation_config, use_cache_quantization=use_cache_quantization, max_length=max_length)
+        return cls(
+            decoder,
+            generation_config,
+            use_cache_quantization=use_cache_quantization,
+            max_length=max_length,
+            mesh=mesh,
+            config=getattr(weights, "whole_config", None),
+        )
 
     # -- logits ------------------------------------------------------------------------------------------------------
 
@@ -139,7 +152,7 @@ class QwenForCausalLM:
             )
         cache = self._empty(len(lengths_B), max(room, bucket(ids_BT.shape[1])))
         logits_BV, state = self._programs.prefill(pad(ids_BT, bucket(ids_BT.shape[1])), lengths_B, cache)
-        return logits_BV[:, None], KVCache(state, longest, room)
+        return logits_BV[:, None], KVCache(state, longest, room, len(lengths_B))
 
     def decode(self, token_ids, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One more token a row, int [B, 1]; its logits, float32 [B, 1, V], and the cache that replaces `cache`.
@@ -159,7 +172,7 @@ class QwenForCausalLM:
         longest = cache.longest + 1
         active_length = min(bucket(longest, 128), cache.allocated)
         logits_BV, state = self._programs.decode(token_B1[:, 0], cache.take(), active_length)
-        return logits_BV[:, None], KVCache(state, longest, cache.room)
+        return logits_BV[:, None], KVCache(state, longest, cache.room, cache.slots)
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -317,7 +330,7 @@ class QwenForCausalLM:
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def _empty(self, slots: int, room: int) -> CacheState:
-        return CacheState.empty(self.config, slots, room, self.dtype, self.use_cache_quantization)
+        return self._programs.empty_cache(slots, room, self.dtype, self.use_cache_quantization)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -325,9 +338,8 @@ class QwenForCausalLM:
         return bytes_per_token(self.config, self.dtype, self.use_cache_quantization)
 
 
-def default_dtype() -> str:
+def default_dtype(device: jax.Device) -> str:
     """bfloat16 where the device computes in it, float16 on older GPUs, float32 on a CPU."""
-    device = jax.devices()[0]
     if device.platform == "cpu":
         return "float32"
     if device.platform == "gpu" and float(getattr(device, "compute_capability", "9.0")) < 8.0:

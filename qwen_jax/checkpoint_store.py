@@ -13,6 +13,7 @@ from qwen_jax.errors import CheckpointError
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
 from qwen_jax.loading import CheckpointWeights, kept_dtype, pack
 from qwen_jax.model import Decoder, Weights
+from qwen_jax.sharded_weights import ShardedWeights
 
 HUB_FILES = ["*.json", "*.safetensors", "*.tiktoken", "*.txt", "*.jinja", "*.model"]
 
@@ -41,8 +42,16 @@ def find(name: str | Path) -> Path:
         raise CheckpointError(f"{text}: the Hub refused it: {str(error).splitlines()[0]}") from error
 
 
-def open_weights(folder: Path, *, dtype: str, kernels: str, lm_head: str | None = None) -> Weights:
+def open_weights(folder: Path, *, dtype: str, kernels: str, lm_head: str | None = None, mesh=None) -> Weights:
     """The parameters in `folder`, ready for `Decoder`."""
+    if mesh is not None:
+        if orbax.is_checkpoint(folder):
+            raise CheckpointError(
+                f"{folder}: a converted checkpoint, which is not read onto a mesh yet; expected the Hugging Face "
+                "folder it was made from. Load that one."
+            )
+        int8_head = lm_head == "int8"
+        return ShardedWeights(Checkpoint(folder), mesh, dtype=dtype, kernels=kernels, int8_head=int8_head)
     if orbax.is_checkpoint(folder):
         weights = OrbaxWeights(folder, dtype=dtype, kernels=kernels)
     else:

@@ -14,7 +14,7 @@ from qwen_jax.errors import NonFiniteLogitsError
 from qwen_jax.kv_cache import CacheState
 from qwen_jax.model import Decoder, Step
 from qwen_jax.rotary import attention_factor, dynamic_ntk_alpha, inverse_frequency, rotary
-from qwen_jax.sampling import Filters, Sampler, SamplingConfig, device_sampler, sample
+from qwen_jax.sampling import WHOLE, Filters, Sampler, SamplingConfig, Vocabulary, device_sampler, sample
 
 CHUNK = 8  # tokens a dispatch: a host round trip is spread over them, and a stream still moves several times a second
 
@@ -54,6 +54,16 @@ class Rules(NamedTuple):
     pad: Any
 
 
+class Emitted(NamedTuple):
+    """What the host gets of a chunk: `Chunk` on the device, and the loop's `nonfinite_B`."""
+
+    tokens_BN: Any
+    logprobs_BN: Any
+    kept_BN: Any
+    done_B: Any
+    nonfinite_B: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """New tokens of every row.
@@ -77,6 +87,7 @@ class Programs:
 
     def __init__(self, model: Decoder):
         self.config = model.config
+        self.vocabulary_width = model.config.vocab_size  # columns of logits; over devices possibly more
         self._leaves, structure = jax.tree.flatten(model)
         self._score = jax.jit(functools.partial(_score, structure))
         self._prefill = jax.jit(functools.partial(_prefill, structure), donate_argnames="cache")
@@ -90,13 +101,17 @@ class Programs:
             static_argnames=("filters", "logprobs", "steps", "active_length"),
         )
 
+    def empty_cache(self, slots: int, length: int, dtype: str, quantized: bool) -> CacheState:
+        """Room for `length` tokens in each of `slots` rows."""
+        return CacheState.empty(self.config, slots, length, dtype, quantized)
+
     def score(self, ids_BT, lengths_B):
         """float32 logits [B, T, V] of right-padded rows; a padded position's are arbitrary."""
         return self._score(self._leaves, ids_BT, lengths_B)
 
     def prefill(self, ids_BT, lengths_B, cache: CacheState):
         """Fills an empty cache; float32 logits [B, V] of each row's last token, and the cache."""
-        return self._prefill(self._leaves, ids_BT, lengths_B, cache=cache)
+        return self._read(ids_BT, lengths_B, cache)
 
     def decode(self, token_B, cache: CacheState, active_length: int):
         """One more token a row; float32 logits [B, V] and the cache."""
@@ -124,15 +139,16 @@ class Programs:
         rules = Rules(np.asarray(stop_ids or (-1,), np.int32), np.int32(pad_id))
         seen_BV = None
         if filters.repetition_penalty:
-            seen_BV = np.zeros((ids_BT.shape[0], self.config.vocab_size), bool)
+            seen_BV = np.zeros((ids_BT.shape[0], self.vocabulary_width), bool)
             for row, length in enumerate(lengths_B):
                 seen_BV[row, ids_BT[row, :length]] = True
         room = cache.kv.keys.shape[3]
-        logits_BV, cache = self.prefill(ids_BT, lengths_B, cache)
+        sampler, seen_BV = self._place(sampler, seen_BV)
+        logits_BV, cache = self._read(ids_BT, lengths_B, cache)
         loop, out = self._first(logits_BV, seen_BV, sampler, rules, cache=cache, filters=filters, logprobs=logprobs)
         longest, produced = int(max(lengths_B)), 1
         while True:
-            result = _to_host(out, loop)
+            result = _to_host(out)
             yield result
             if produced >= max_new_tokens or result.done_B.all():
                 return
@@ -148,12 +164,21 @@ class Programs:
                 active_length=active_length,
             )
             if produced + chunk > max_new_tokens:  # the loop has one compiled length: surplus tokens are cut here
-                out = jax.tree.map(lambda array, keep=max_new_tokens - produced: array[:, :keep], out)
+                parts = jax.tree.map(lambda array, keep=max_new_tokens - produced: array[:, :keep], out[:3])
+                out = Emitted(*parts, *out[3:])
             produced += chunk
 
+    def _read(self, ids_BT, lengths_B, cache: CacheState):
+        """Logits of each row's last token as `_first` takes them, and the cache."""
+        return self._prefill(self._leaves, ids_BT, lengths_B, cache=cache)
 
-def _to_host(out, loop: Loop) -> Chunk:
-    (tokens_BN, logprobs_BN, kept_BN), done_B, nonfinite_B = jax.device_get((out, loop.done_B, loop.nonfinite_B))
+    def _place(self, sampler: Sampler, seen_BV):
+        """Both where the loop wants them."""
+        return sampler, seen_BV
+
+
+def _to_host(out: Emitted) -> Chunk:
+    tokens_BN, logprobs_BN, kept_BN, done_B, nonfinite_B = jax.device_get(out)
     bad = np.flatnonzero(nonfinite_B >= 0)
     if bad.size:
         raise NonFiniteLogitsError(
@@ -214,19 +239,22 @@ def _decode(structure, leaves, token_B, *, cache: CacheState, active_length: int
     return _step(model, token_B, cache, _key_rotary(model, cache), active_length)
 
 
-def _choose(logits_BV, loop: Loop, sampler: Sampler, rules: Rules, filters: Filters, logprobs: bool):
+def _choose(
+    logits_BV, loop: Loop, sampler: Sampler, rules: Rules, filters: Filters, logprobs: bool, vocabulary: Vocabulary
+):
     """Samples, notes stops and non-finite logits; returns the loop with its new token and what the host gets."""
-    token_B = sample(logits_BV, loop.seen_BV, loop.count_B, sampler, filters)
+    token_B = sample(logits_BV, loop.seen_BV, loop.count_B, sampler, filters, vocabulary)
     token_B = jnp.where(loop.done_B, rules.pad, token_B)
     kept_B = ~loop.done_B
     logprob_B = None
     if logprobs:
-        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-        logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-    bad_B = kept_B & (loop.nonfinite_B < 0) & ~jnp.isfinite(logits_BV).all(-1)
+        highest_B = vocabulary.max(logits_BV)
+        sum_B = vocabulary.sum(jnp.exp(logits_BV - highest_B[:, None]))
+        logprob_B = vocabulary.at(logits_BV, token_B) - highest_B - jnp.log(sum_B)
+    bad_B = kept_B & (loop.nonfinite_B < 0) & (vocabulary.sum(~jnp.isfinite(logits_BV)) > 0)
     seen_BV = loop.seen_BV
     if seen_BV is not None:
-        seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
+        seen_BV = vocabulary.mark(seen_BV, token_B)
     return Loop(
         loop.cache,
         token_B,
@@ -237,17 +265,30 @@ def _choose(logits_BV, loop: Loop, sampler: Sampler, rules: Rules, filters: Filt
     ), (token_B, logprob_B, kept_B)
 
 
-def _first(logits_BV, seen_BV, sampler, rules, *, cache: CacheState, filters, logprobs):
+def _first(logits_BV, seen_BV, sampler, rules, *, cache: CacheState, filters, logprobs, vocabulary=WHOLE):
     """The token after the prompt."""
     B = logits_BV.shape[0]
     zeros_B = jnp.zeros(B, jnp.int32)
     loop = Loop(cache, zeros_B, jnp.zeros(B, bool), zeros_B, seen_BV, zeros_B - 1)
-    loop, out = _choose(logits_BV, loop, sampler, rules, filters, logprobs)
-    return loop, jax.tree.map(lambda array_B: array_B[:, None], out)
+    loop, out = _choose(logits_BV, loop, sampler, rules, filters, logprobs, vocabulary)
+    parts = jax.tree.map(lambda array_B: array_B[:, None], out)
+    return loop, Emitted(*parts, loop.done_B, loop.nonfinite_B)
 
 
-def _chunk(structure, leaves, sampler, rules, *, loop: Loop, filters, logprobs, steps: int, active_length: int):
-    """`steps` more tokens; [B, steps] each of token, logprob and kept."""
+def _chunk(
+    structure,
+    leaves,
+    sampler,
+    rules,
+    *,
+    loop: Loop,
+    filters,
+    logprobs,
+    steps: int,
+    active_length: int,
+    vocabulary: Vocabulary = WHOLE,
+):
+    """`steps` more tokens."""
     key_rotary = _key_rotary(_model(structure, leaves), loop.cache)
 
     def body(loop: Loop, _):
@@ -258,7 +299,8 @@ def _chunk(structure, leaves, sampler, rules, *, loop: Loop, filters, logprobs, 
         # A finished row stays where it is: its slot's length does not grow, whatever was written there is overwritten.
         lengths_B = jnp.where(loop.done_B, before.lengths_B, cache.lengths_B)
         cache = CacheState(cache.kv, lengths_B, cache.ntk_alpha_B)
-        return _choose(logits_BV, loop._replace(cache=cache), sampler, rules, filters, logprobs)
+        return _choose(logits_BV, loop._replace(cache=cache), sampler, rules, filters, logprobs, vocabulary)
 
     loop, out = lax.scan(body, loop, length=steps)
-    return loop, jax.tree.map(lambda array_NB: array_NB.T, out)
+    parts = jax.tree.map(lambda array_NB: array_NB.T, out)
+    return loop, Emitted(*parts, loop.done_B, loop.nonfinite_B)

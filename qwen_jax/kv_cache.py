@@ -51,10 +51,11 @@ class KVCache:
     Its arrays are donated to the step that uses it, so a second use is an error instead of reading freed memory.
     """
 
-    def __init__(self, state: CacheState, longest: int, room: int):
+    def __init__(self, state: CacheState, longest: int, room: int, slots: int):
         self._state: CacheState | None = state
         self.longest, self.room = longest, room  # tokens in the fullest slot, and the most a slot may hold
-        self.slots, _, self.allocated = state.kv.keys.shape[1:4]
+        self.slots = slots  # on a mesh the arrays may have more
+        self.allocated = state.kv.keys.shape[3]
         self.nbytes = state.kv.nbytes
 
     @property
@@ -65,7 +66,7 @@ class KVCache:
     @property
     def lengths(self):
         """int32 [B], tokens held in each slot."""
-        return self._peek().lengths_B
+        return self._peek().lengths_B[: self.slots]
 
     @property
     def nbytes_per_token(self) -> float:

@@ -7,7 +7,7 @@ slice inside and nothing is copied.
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.dense_matmul import DenseTensor, dense_matmul
+from pallas_kernels.dense_matmul import DenseTensor, dense_matmul, embedding_lookup
 from pallas_kernels.quantized_matmul import QuantizedTensor, quantized_matmul
 
 nnx.register_data_type(QuantizedTensor)
@@ -37,8 +37,14 @@ class Linear(nnx.Module):
     def __call__(self, x, layer=None, out_dtype=None):
         """[..., in] → [..., out] in `out_dtype`, the dtype of x if None; `layer` indexes the stack."""
         bias_O = None if self.bias is None else at_layer(self.bias, layer)
+        return self._multiply(x if out_dtype is None else x.astype(out_dtype), layer, bias_O)
+
+    def lookup(self, ids):
+        """int [...] → [..., in]: columns of a single matrix, as the token table's."""
+        return embedding_lookup(self.weight, ids)
+
+    def _multiply(self, x, layer, bias_O=None):
         matmul = quantized_matmul if isinstance(self.weight, QuantizedTensor) else dense_matmul
-        x = x if out_dtype is None else x.astype(out_dtype)
         return matmul(x, self.weight, layer=layer, bias_O=bias_O, kernels=self.kernels)
 
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from pallas_kernels.dense_matmul import embedding_lookup
 from pallas_kernels.kv_attention import KVArrays, append, attend_decode, attend_prefill
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm, at_layer
@@ -177,7 +176,7 @@ class Decoder(nnx.Module):
 
     def hidden(self, ids_BT, step: Step, kv: KVArrays | None):
         """Token ids int32 [B, T] to the last layer's normalised output [B, T, D], and the cache."""
-        hidden_BTD = embedding_lookup(self.embedding.weight, ids_BT).astype(self.dtype)
+        hidden_BTD = self.embedding.lookup(ids_BT).astype(self.dtype)
         for block in self.blocks:
             if self.unroll or block.count == 1:
                 for layer in range(block.count):

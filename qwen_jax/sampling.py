@@ -94,7 +94,79 @@ def device_sampler(config: SamplingConfig, seed_B: np.ndarray) -> tuple[Sampler,
     return numbers, filters
 
 
-def sample(logits_BV, seen_BV, step_B, sampler: Sampler, filters: Filters):
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """How the last dimension of logits lies: whole, or under `shard_map` with some token ids on each device.
+
+    Attributes:
+        axis: the mesh axis it is split over; None where it is whole.
+        size: V, where it is split.
+        width: ids on one device; those beyond V have the lowest finite logit.
+    """
+
+    axis: str | None = None
+    size: int = 0
+    width: int = 0
+
+    def sum(self, x_BV):
+        """Over all tokens."""
+        return self.total(x_BV.sum(-1))
+
+    def total(self, x):
+        """Of the devices' sums."""
+        return x if self.axis is None else lax.psum(x, self.axis)
+
+    def max(self, x_BV):
+        """Over all tokens."""
+        return x_BV.max(-1) if self.axis is None else lax.pmax(x_BV.max(-1), self.axis)
+
+    def argmax(self, x_BV):
+        """int32 [B], the lowest id among the greatest; float32 [B, V]."""
+        best_B = jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
+        if self.axis is None:
+            return best_B
+        # One small gather of (value, id) pairs; devices hold ids in ascending order, so the first device wins a tie.
+        value_B = jnp.take_along_axis(x_BV, best_B[:, None], axis=1)[:, 0]
+        pair_B2 = jnp.stack([lax.bitcast_convert_type(value_B, jnp.int32), best_B + self.first()], axis=-1)
+        pair_NB2 = lax.all_gather(pair_B2, self.axis)
+        device_B = jnp.argmax(lax.bitcast_convert_type(pair_NB2[..., 0], jnp.float32), axis=0)
+        return jnp.take_along_axis(pair_NB2[..., 1], device_B[None], axis=0)[0]
+
+    def first(self):
+        """The lowest id of this device."""
+        return lax.axis_index(self.axis) * self.width
+
+    def at(self, x_BV, token_B):
+        """x[b, token[b]], [B]."""
+        if self.axis is None:
+            return jnp.take_along_axis(x_BV, token_B[:, None], axis=1)[:, 0]
+        local_B = token_B - self.first()
+        mine_B = (local_B >= 0) & (local_B < self.width)
+        value_B = jnp.take_along_axis(x_BV, jnp.where(mine_B, local_B, 0)[:, None], axis=1)[:, 0]
+        return self.total(jnp.where(mine_B, value_B, 0))
+
+    def mark(self, seen_BV, token_B):
+        """`seen` with each row's token added."""
+        row_B = jnp.arange(token_B.shape[0])
+        if self.axis is None:
+            return seen_BV.at[row_B, token_B].set(True)
+        local_B = token_B - self.first()
+        local_B = jnp.where(local_B < 0, self.width, local_B)  # a negative index would count from the end
+        return seen_BV.at[row_B, local_B].set(True, mode="drop")
+
+    def draw(self, key, logits_V):
+        """Like `jax.random.categorical`, whose numbers for all of V each device draws and takes its own of."""
+        if self.axis is None:
+            return jax.random.categorical(key, logits_V).astype(jnp.int32)
+        noise_V = jnp.pad(jax.random.gumbel(key, (self.size,), jnp.float32), (0, self.width))
+        noise_V = lax.dynamic_slice(noise_V, (jnp.minimum(self.first(), self.size),), (self.width,))
+        return self.argmax((noise_V + logits_V)[None])[0]
+
+
+WHOLE = Vocabulary()
+
+
+def sample(logits_BV, seen_BV, step_B, sampler: Sampler, filters: Filters, vocabulary: Vocabulary = WHOLE):
     """The next token of each row, int32 [B].
 
     Args:
@@ -103,6 +175,7 @@ def sample(logits_BV, seen_BV, step_B, sampler: Sampler, filters: Filters):
         step_B: int32, tokens each row has produced.
         sampler: numbers.
         filters: which of them act.
+        vocabulary: whether V is split over devices; then logits and seen are a device's own and the result the same.
     """
     if filters.repetition_penalty:
         penalised = jnp.where(
@@ -110,39 +183,48 @@ def sample(logits_BV, seen_BV, step_B, sampler: Sampler, filters: Filters):
         )
         logits_BV = jnp.where(seen_BV, penalised, logits_BV)
     if not filters.do_sample:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return vocabulary.argmax(logits_BV)
     logits_BV = logits_BV / sampler.temperature
     if filters.top_k:
         # The largest threshold that at least k tokens reach.
-        logits_BV = _keep(logits_BV, lambda kept_BV: kept_BV.sum(-1) >= sampler.top_k)
+        logits_BV = _keep(logits_BV, lambda kept_BV: kept_BV.sum(-1), sampler.top_k, vocabulary)
     if filters.top_p:
-        probability_BV = jax.nn.softmax(logits_BV, axis=-1)
-        logits_BV = _keep(logits_BV, lambda kept_BV: jnp.where(kept_BV, probability_BV, 0.0).sum(-1) >= sampler.top_p)
+        weight_BV = jnp.exp(logits_BV - vocabulary.max(logits_BV)[:, None])
+        probability_BV = weight_BV / vocabulary.sum(weight_BV)[:, None]
+
+        def mass(kept_BV):
+            return jnp.where(kept_BV, probability_BV, 0.0).sum(-1)
+
+        logits_BV = _keep(logits_BV, mass, sampler.top_p, vocabulary)
     if filters.min_p:
-        floor_B1 = logits_BV.max(-1, keepdims=True) + jnp.log(sampler.min_p)
+        floor_B1 = vocabulary.max(logits_BV)[:, None] + jnp.log(sampler.min_p)
         logits_BV = jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
 
     def draw(logits_V, seed, step):
-        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), step), logits_V)
+        return vocabulary.draw(jax.random.fold_in(jax.random.key(seed), step), logits_V)
 
-    return jax.vmap(draw)(logits_BV, sampler.seed_B, step_B).astype(jnp.int32)
+    return jax.vmap(draw)(logits_BV, sampler.seed_B, step_B)
 
 
-def _keep(logits_BV, enough):
-    """Masks all but the most probable tokens: those at or above the highest threshold for which `enough` holds.
+def _keep(logits_BV, amount, wanted, vocabulary: Vocabulary):
+    """Masks all but the most probable tokens: those at or above the highest threshold whose tokens' `amount` suffices.
 
-    Bisection over the order of float32 bit patterns, exact after 32 halvings: a sort of 150,000 logits costs several
-    times as much on every backend. Tokens tied at the threshold are all kept.
+    A search over the order of float32 bit patterns, exact after all 32 bits: a sort of 150,000 logits costs several
+    times as much on every backend. A bit a round; over devices four, for there each round is a reduction that costs
+    its latency. Tokens tied at the threshold are all kept.
     """
-    bits_BV = lax.bitcast_convert_type(logits_BV, jnp.int32)
-    order_BV = bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)  # signed integers that sort as the floats do
+    bits = 1 if vocabulary.axis is None else 4
+    pattern_BV = lax.bitcast_convert_type(logits_BV, jnp.uint32)
+    # Unsigned integers that sort as the floats do.
+    order_BV = jnp.where(pattern_BV >> 31 == 1, ~pattern_BV, pattern_BV | jnp.uint32(1 << 31))
 
-    def halve(_, bounds):
-        low_B, high_B = bounds  # `enough` holds at low, and above high it does not
-        middle_B = (low_B | high_B) - ((low_B ^ high_B) >> 1)  # mean rounded up, without overflow
-        holds_B = enough(order_BV >= middle_B[:, None])
-        return jnp.where(holds_B, middle_B, low_B), jnp.where(holds_B, high_B, middle_B - 1)
+    def refine(step, threshold_B):
+        shift = (32 - bits * (step + 1)).astype(jnp.uint32)
+        higher_BJ = [threshold_B | (jnp.uint32(j) << shift) for j in range(1, 2**bits)]
+        amounts_BJ = jnp.stack([amount(order_BV >= higher_B[:, None]) for higher_B in higher_BJ], axis=-1)
+        reached_B = (vocabulary.total(amounts_BJ) >= wanted).sum(-1).astype(jnp.uint32)
+        return threshold_B | (reached_B << shift)
 
-    low_B = jnp.full(logits_BV.shape[0], -(2**31), jnp.int32)
-    threshold_B, _ = lax.fori_loop(0, 32, halve, (low_B, order_BV.max(-1)))
+    lowest_B = jnp.zeros(logits_BV.shape[0], jnp.uint32)
+    threshold_B = lax.fori_loop(0, 32 // bits, refine, lowest_B)
     return jnp.where(order_BV >= threshold_B[:, None], logits_BV, -jnp.inf)

@@ -1,0 +1,284 @@
+"""One program over a mesh: which dimension lies on which mesh axis, who holds which heads, rows and columns.
+
+A mesh has the axes "data" (rows of a batch) and "model" (heads, the MLP's inner dimension, the vocabulary). The whole
+forward runs under one `jax.shard_map`: each device sees a model of its own share, uniform in shape, and the few
+reductions between devices are written out (`parallel_linear.py`). Arrays carry names of their dimensions; `AXES` is
+the one table that says where a name lies.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.dense_matmul import DenseTensor
+from pallas_kernels.quantized_matmul import QuantizedTensor
+from qwen_jax.config import ModelConfig
+from qwen_jax.linear import Linear, RMSNorm
+
+DATA, MODEL = "data", "model"
+
+# Logical dimension → mesh axis; None: every device holds all of it.
+AXES: dict[str, str | None] = {
+    "batch": DATA,  # rows of ids, slots of the cache
+    "heads": MODEL,  # heads × head_dim, side by side
+    "kv_heads": MODEL,
+    "mlp": MODEL,
+    "vocabulary": MODEL,
+    "hidden": None,
+    "features": None,  # of a normalisation
+    "layers": None,
+    "length": None,
+    "head_dim": None,
+    "private": None,  # the further dimensions of a kernel's own layout
+}
+
+KV_AXES = ("layers", "batch", "kv_heads", "length", "head_dim")
+
+
+def spec(names: Sequence[str]) -> P:
+    """The PartitionSpec of an array whose dimensions have these logical names.
+
+    Raises:
+        ValueError: for a name that is not in `AXES`, and for two dimensions on one mesh axis.
+    """
+    if unknown := [name for name in names if name not in AXES]:
+        raise ValueError(f"axes {tuple(names)}: {unknown[0]!r} is unknown, expected names of {sorted(AXES)}.")
+    placed = [AXES[name] for name in names]
+    used = [axis for axis in placed if axis is not None]
+    if len(set(used)) < len(used):
+        raise ValueError(
+            f"axes {tuple(names)}: two dimensions lie on one mesh axis {placed}; expected at most one each."
+        )
+    while placed and placed[-1] is None:
+        placed.pop()
+    return P(*placed)
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Refuses a mesh that a model cannot be laid on.
+
+    Raises:
+        ValueError: for axes other than "data" and "model" (in either order), and for manual axes.
+    """
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"mesh: {type(mesh).__name__}, expected a jax.sharding.Mesh (jax.make_mesh makes one) or None."
+        )
+    if set(mesh.axis_names) != {DATA, MODEL}:
+        raise ValueError(
+            f"mesh: axes {tuple(mesh.axis_names)}, expected {DATA!r} and {MODEL!r} in either order. Make it with "
+            f'jax.make_mesh((1, {mesh.size}), ("{DATA}", "{MODEL}")).'
+        )
+    if AxisType.Manual in mesh.axis_types:
+        raise ValueError("mesh: axes of type Manual, expected Explicit or Auto. Call from outside shard_map.")
+
+
+# -- names of the dimensions of parameters ----------------------------------------------------------------------------
+
+
+def tensor_axes(weight: QuantizedTensor | DenseTensor, axes: tuple[str, str]):
+    """The same tensor with the names of its dimensions in the place of each array.
+
+    A kernel's own layout has no rows and columns: it is packed from a device's share, and the shares lie one behind the
+    other along its first dimension (after the layers).
+    """
+    stack = ("layers",) if weight.stack else ()
+    rows, columns = axes
+    natural = {"gptq": (rows, columns), "plain": (rows, columns), "row_pairs": (rows, columns)}
+    natural["transposed"] = (columns, rows)
+
+    def names(array, order):
+        if array is None:
+            return None
+        if order is None:
+            split = next((name for name in axes if AXES[name] is not None), "private")
+            order = (split, *["private"] * (array.ndim - len(stack) - 1))
+        return stack + order
+
+    order = natural.get(weight.layout)
+    if isinstance(weight, DenseTensor):
+        return dataclasses.replace(weight, data=names(weight.data, order))
+    return dataclasses.replace(
+        weight,
+        packed=names(weight.packed, order),
+        scales=names(weight.scales, order),
+        zeros=names(weight.zeros, order),
+        permutation=None if weight.permutation is None else (*stack, rows),
+    )
+
+
+def parameter_axes(decoder) -> list[tuple[str, ...]]:
+    """The names of the dimensions of each array of a `Decoder`, in the order of `jax.tree.leaves(decoder)`."""
+    names: dict[int, tuple[str, ...]] = {}
+    for module in jax.tree.leaves(decoder, is_leaf=lambda node: isinstance(node, Linear | RMSNorm)):
+        if isinstance(module, Linear):
+            named = tensor_axes(module.weight, module.axes)
+            leaves = jax.tree.leaves(named, is_leaf=lambda node: isinstance(node, tuple))
+            names |= {id(a): n for a, n in zip(jax.tree.leaves(module.weight), leaves, strict=True)}
+            stack = ("layers",) if module.weight.stack else ()
+            names[id(module.bias)] = (*stack, module.axes[1])
+            names[id(getattr(module, "inputs", None))] = (*stack, module.axes[0])
+        elif isinstance(module, RMSNorm):
+            names[id(module.scale)] = ("layers", "features")[-module.scale.ndim :]
+    for block in decoder.blocks:
+        names[id(block.attention.key_bias)] = ("layers", "heads")
+    return [names[id(leaf)] for leaf in jax.tree.leaves(decoder)]
+
+
+# -- shares ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadLayout:
+    """Which heads each device holds; every device has the same number, some of them possibly empty (zero).
+
+    Attributes:
+        devices: on the "model" axis.
+        kv_heads: of one device.
+        queries: query heads that go with each of them.
+        kv_table: for each device its key/value heads, −1 an empty one; a head may have copies on several devices.
+        query_table: for each device its query heads, each exactly once in the whole table, −1 an empty one.
+    """
+
+    devices: int
+    kv_heads: int
+    queries: int
+    kv_table: tuple[tuple[int, ...], ...]
+    query_table: tuple[tuple[int, ...], ...]
+
+    @property
+    def heads(self) -> int:
+        """Query heads of one device."""
+        return self.kv_heads * self.queries
+
+
+@functools.cache
+def head_layout(heads: int, kv_heads: int, devices: int) -> HeadLayout:
+    """The cheapest uniform layout: each key/value head in k copies, each copy with its share of the query heads.
+
+    k is the one for which a device has the least columns and rows to multiply: two for a query head (query, output),
+    two for a key/value head. 28 heads over 4 on 8 devices: 2 copies, each with 4 heads of 7 (one of 8 is empty).
+    """
+    ratio = heads // kv_heads
+
+    def shape(copies: int) -> tuple[int, int]:
+        return -(-kv_heads * copies // devices), -(-ratio // copies)
+
+    def cost(copies: int) -> int:
+        slots, queries = shape(copies)
+        return slots * (2 * queries + 2)
+
+    copies = min(range(1, min(ratio, devices) + 1), key=cost)
+    slots, queries = shape(copies)
+    kv_table, query_table = [], []
+    for slot in range(slots * devices):
+        head, copy = divmod(slot, copies)
+        kv_table.append(head if head < kv_heads else -1)
+        for place in range(copy * queries, (copy + 1) * queries):
+            query_table.append(head * ratio + place if head < kv_heads and place < ratio else -1)
+    return HeadLayout(
+        devices,
+        slots,
+        queries,
+        tuple(tuple(row) for row in np.reshape(kv_table, (devices, -1)).tolist()),
+        tuple(tuple(row) for row in np.reshape(query_table, (devices, -1)).tolist()),
+    )
+
+
+def head_columns(table: Sequence[Sequence[int]], head_dim: int) -> np.ndarray:
+    """Columns [devices, heads · head_dim] of the heads in `table`; −1 where a head is empty."""
+    heads_NH = np.asarray(table)
+    columns_NHK = heads_NH[:, :, None] * head_dim + np.arange(head_dim)
+    return np.where(heads_NH[:, :, None] < 0, -1, columns_NHK).reshape(len(heads_NH), -1)
+
+
+def even_split(size: int, devices: int, multiple: int) -> np.ndarray:
+    """Indices 0 … size − 1 in runs of a length divisible by `multiple`, one a device: [devices, length], −1 beyond."""
+    length = -(-size // (devices * multiple)) * multiple
+    index = np.arange(devices * length).reshape(devices, length)
+    return np.where(index < size, index, -1)
+
+
+def split_rows(size: int, group_size: int | None, devices: int) -> np.ndarray:
+    """Rows of a row-parallel matrix for each device: [devices, length], −1 beyond.
+
+    Whole groups, unless that gives the fullest device more than an eighth above its share: then halves of groups, and
+    so on down to 32 rows. 13696 rows in groups of 128 on 8 devices: 14 groups each, 107 of the 112 real.
+    """
+    smallest = 32  # rows that fill whole words for every number of bits
+    if group_size is None or group_size >= size:
+        return even_split(size, devices, smallest)
+    candidates = [group_size]
+    while candidates[-1] % 2 == 0 and candidates[-1] // 2 >= smallest:
+        candidates.append(candidates[-1] // 2)
+    splits = [even_split(size, devices, multiple) for multiple in candidates]
+    for rows in splits:
+        if rows.shape[1] * devices <= 1.125 * size:
+            return rows
+    return min(splits, key=lambda rows: rows.shape[1])
+
+
+def split_vocabulary(size: int, devices: int) -> np.ndarray:
+    """Token ids of each device: [devices, width], −1 beyond the vocabulary."""
+    return even_split(size, devices, 128 if size >= devices * 4096 else 8)
+
+
+def local_config(config: ModelConfig, layout: HeadLayout) -> ModelConfig:
+    """The config of one device's share: its own numbers of heads."""
+    return dataclasses.replace(config, num_heads=layout.heads, num_kv_heads=layout.kv_heads)
+
+
+# -- placing -----------------------------------------------------------------------------------------------------------
+
+
+class Placement:
+    """Puts NumPy arrays on a mesh, each device's piece straight to it.
+
+    Attributes:
+        mesh: axes "data" and "model".
+        data: devices along "data".
+        model: devices along "model".
+    """
+
+    def __init__(self, mesh: Mesh):
+        check_mesh(mesh)
+        self.mesh = mesh
+        self.data, self.model = mesh.shape[DATA], mesh.shape[MODEL]
+        along = mesh.axis_names.index(MODEL)
+        here = [(place[along], device) for place, device in np.ndenumerate(mesh.devices)]
+        process = jax.process_index()
+        self._devices = [(number, device) for number, device in here if device.process_index == process]
+        self.numbers = sorted({number for number, _ in self._devices})
+
+    def sharding(self, names: Sequence[str]) -> NamedSharding:
+        """Where an array with these dimensions lies."""
+        return NamedSharding(self.mesh, spec(names))
+
+    def put(self, piece: Callable[[int], np.ndarray], names: Sequence[str]) -> jax.Array:
+        """A global array from the piece of each place on the "model" axis; no dimension may lie on "data"."""
+        pieces = {number: np.asarray(piece(number)) for number in self.numbers}
+        shape = list(pieces[self.numbers[0]].shape)
+        assert len(shape) == len(names), (shape, names)
+        for place, name in enumerate(names):
+            if AXES[name] == MODEL:
+                shape[place] *= self.model
+        arrays = [jax.device_put(pieces[number], device) for number, device in self._devices]
+        return jax.make_array_from_single_device_arrays(tuple(shape), self.sharding(names), arrays)
+
+    def put_tree(self, pieces: dict[int, object], names):
+        """`put` for each array of equal trees; `names` is a tree of the same shape with tuples of names."""
+        flat = {number: jax.tree.leaves(tree) for number, tree in pieces.items()}
+        structure = jax.tree.structure(pieces[self.numbers[0]])
+        names = jax.tree.leaves(names, is_leaf=lambda node: isinstance(node, tuple))
+        arrays = [self.put(lambda number, n=n: flat[number][n], axes) for n, axes in enumerate(names)]
+        return jax.tree.unflatten(structure, arrays)
+
+    def rows(self, array: np.ndarray, names: Sequence[str]) -> jax.Array:
+        """A global array of which every process holds all in NumPy."""
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, self.sharding(names), lambda index: array[index])
