@@ -4,8 +4,9 @@
     arrays/                                                  Orbax: one Zarr array a state entry, not compressed
     qwen_jax.json                                            shapes, dtypes and file sizes of the arrays; metadata
 
-Arrays are kept uncompressed and one file each (no OCDBT): restoring is then bound by reading. Packed Int4 weights
-would shrink by 15 % under zstd and take 1.3 times as long (2 CPU cores, Orbax 0.12.8).
+Arrays lie uncompressed, in chunks of 16 MiB with a file each (no OCDBT), so that restoring is bound by reading and
+uses all cores. Measured with 2 cores and Orbax 0.12.8: zstd would shrink packed Int4 weights by 15 % and restore them
+1.3 times as slowly; whole arrays instead of chunks, SmolLM2's 110 MB, in 0.25 s instead of 0.12 s (medians).
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from qwen_jax.errors import CheckpointError
 from qwen_jax.json_keys import read_json
 
 MANIFEST, ARRAYS, VERSION = "qwen_jax.json", "arrays", 1
+CHUNK_BYTES = 16 << 20
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -66,7 +68,8 @@ def save(
         if source is not None:
             copy_side_files(source, temporary, "config.json", "quantize_config.json")
         with _checkpointer() as checkpointer, _without_ocdbt_warning():
-            checkpointer.save(temporary / ARRAYS, args=ocp.args.PyTreeSave(arrays))
+            chunks = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
+            checkpointer.save(temporary / ARRAYS, args=ocp.args.PyTreeSave(arrays, save_args=chunks))
         manifest = {
             "format": "qwen-jax",
             "version": VERSION,
