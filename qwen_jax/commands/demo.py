@@ -24,7 +24,7 @@ def run(
     temperature: common.Temperature = 0,
     top_p: common.TopP = None,
     top_k: common.TopK = None,
-    repetition_penalty: common.RepetitionPenalty = None,
+    repetition_penalty: common.RepetitionPenalty = 1.05,
     seed: common.Seed = 0,
     kv8: common.Kv8 = True,
     dtype: common.Dtype = "auto",
