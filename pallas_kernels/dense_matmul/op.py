@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dense_matmul import layout, xla
 from pallas_kernels.dense_matmul.tensor import DenseTensor
-from pallas_kernels.quantized_matmul.op import check_operands, default_chip
+from pallas_kernels.quantized_matmul.op import Choice, check_operands, default_chip, log_choice
 
 
 def dense_matmul(
@@ -39,7 +39,15 @@ def dense_matmul(
     lead = check_operands("dense_matmul", x_MI, weight, layer, bias_O)
     chip = default_chip() if chip is None else chip
     rows_MI = x_MI.reshape(math.prod(lead), weight.in_features)
+    choose(weight, rows_MI.shape[0], chip)
     return xla.run(rows_MI, weight, layer, bias_O, chip).reshape(*lead, weight.out_features)
+
+
+def choose(weight: DenseTensor, rows: int, chip: str) -> Choice:
+    """Says how `rows` rows are multiplied by `weight` (arrays or shapes) on `chip`, a `device_kind`."""
+    choice = Choice("xla", xla.form(weight, rows, chip))
+    log_choice("dense_matmul", chip, choice)
+    return choice
 
 
 def embedding_lookup(weight: DenseTensor, ids: jax.Array) -> jax.Array:
