@@ -89,17 +89,12 @@ class Programs:
         self.config = model.config
         self.vocabulary_width = model.config.vocab_size  # columns of logits; over devices possibly more
         self._leaves, structure = jax.tree.flatten(model)
-        self._score = jax.jit(functools.partial(_score, structure))
-        self._prefill = jax.jit(functools.partial(_prefill, structure), donate_argnames="cache")
-        self._decode = jax.jit(
-            functools.partial(_decode, structure), donate_argnames="cache", static_argnames="active_length"
-        )
-        self._first = jax.jit(_first, donate_argnames="cache", static_argnames=("filters", "logprobs"))
-        self._chunk = jax.jit(
-            functools.partial(_chunk, structure),
-            donate_argnames="loop",
-            static_argnames=("filters", "logprobs", "steps", "active_length"),
-        )
+        # The structure is a static argument, not a closure: models that are alike share what was compiled.
+        self._score = functools.partial(_jit_score, structure)
+        self._prefill = functools.partial(_jit_prefill, structure)
+        self._decode = functools.partial(_jit_decode, structure)
+        self._first = _jit_first
+        self._chunk = functools.partial(_jit_chunk, structure)
 
     def empty_cache(self, slots: int, length: int, dtype: str, quantized: bool) -> CacheState:
         """Room for `length` tokens in each of `slots` rows."""
@@ -304,3 +299,13 @@ def _chunk(
     loop, out = lax.scan(body, loop, length=steps)
     parts = jax.tree.map(lambda array_NB: array_NB.T, out)
     return loop, Emitted(*parts, loop.done_B, loop.nonfinite_B)
+
+
+_CHOICES = ("filters", "logprobs")
+_jit_score = jax.jit(_score, static_argnums=0)
+_jit_prefill = jax.jit(_prefill, static_argnums=0, donate_argnames="cache")
+_jit_decode = jax.jit(_decode, static_argnums=0, static_argnames="active_length", donate_argnames="cache")
+_jit_first = jax.jit(_first, static_argnames=_CHOICES, donate_argnames="cache")
+_jit_chunk = jax.jit(
+    _chunk, static_argnums=0, static_argnames=(*_CHOICES, "steps", "active_length"), donate_argnames="loop"
+)
