@@ -7,7 +7,7 @@ strips). A lane reads 16 bytes at a time and a warp 512 contiguous ones, so shar
 a chunk of any number of neighbouring strips is one contiguous piece of memory, copied without a tensor map.
 
 - packed: int32 [*stack, chunks, strips, 64 · bits]; word order inside a unit: see `_ORDER`. q is stored as it is.
-- scales, zeros: [*stack, groups, out] as before, padded to whole strips of columns and whole chunks of groups.
+- scales, zeros: [*stack, groups, out] as before, padded to 64 columns and whole chunks of groups.
 Padding holds zeros; `out_padding` of the tensor counts the padded columns.
 """
 
@@ -22,6 +22,7 @@ from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 LAYOUT = "mosaic_gpu"
 CHUNK = 128
 STRIP = 16
+PADDING = 64  # columns are padded to whole warpgroups of strips
 
 # A unit's rows are (half, step, high, lane t, pair) and its columns (high column, lane g); a field of a word is one q.
 #   4 bits: 2 halves of 4 steps, a word is one lane's share of one step: fields (pair, high, high column).
@@ -48,7 +49,7 @@ def prepack(weight: QuantizedTensor) -> QuantizedTensor:
         raise ValueError(
             f"prepack takes 4 or 8 bits in layout 'gptq', got {weight.bits} bits in layout {weight.layout!r}."
         )
-    padding = -weight.out_features % STRIP
+    padding = -weight.out_features % PADDING
     per_chunk = groups_per_chunk(weight.group_size)
     rows = chunks(weight.in_features) * per_chunk if per_chunk > 1 else weight.groups
 
@@ -120,7 +121,7 @@ def _pack(packed, *, bits: int, rows: int):
         packed[:, None], jnp.broadcast_to(shifts, (packed.shape[0], per_word, columns))
     )
     q_IO = (q_IO & (2**bits - 1)).reshape(-1, columns)[:rows]
-    count, strips = chunks(rows), -(-columns // STRIP)
+    count, strips = chunks(rows), -(-columns // PADDING) * PADDING // STRIP
     q_IO = jnp.pad(q_IO, ((0, count * CHUNK - rows), (0, strips * STRIP - columns)))
     fields = q_IO.reshape(count, *_ROWS[bits], strips, 2, 8).transpose(_ORDER[bits])
     return _words(fields.reshape(count, strips, -1, per_word), bits)

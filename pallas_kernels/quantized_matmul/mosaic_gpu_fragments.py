@@ -88,8 +88,52 @@ def narrow(low: ir.Value, high: ir.Value, dtype: str) -> ir.Value:
     )
 
 
+def _masked(word: ir.Value, mask: int, other: int, table: int) -> ir.Value:
+    """One lop3: (word & mask) | other (table 0xEA) or (word & mask) ^ other (0x6A)."""
+    return utils.inline_ptx(
+        f"lop3.b32 $0, $1, $2, $3, {table};", word, i32(mask), i32(other), result_types=ir.IntegerType.get_signless(32)
+    )
+
+
+def _subtract(left: ir.Value, right: ir.Value, dtype: str) -> ir.Value:
+    return utils.inline_ptx(
+        f"sub.rn.{_SUFFIX[dtype]}x2 $0, $1, $2;", left, right, result_types=ir.IntegerType.get_signless(32)
+    )
+
+
+def encoded(words, bits: int, dtype: str) -> list[ir.Value]:
+    """Operand A of one 16 × 16 step as four registers of two numbers, q · unit + offset as `encoding` says.
+
+    Args:
+        words: one word (4 bits) or two (8 bits).
+        bits: 4 or 8.
+        dtype: "bfloat16" or "float16".
+    """
+    registers = []
+    for index in range(4):
+        word = words[0] if bits == 4 else words[index // 2]
+        shift = 4 * index if bits == 4 else 8 * (index % 2)
+        word = arith.shrui(word, i32(shift)) if shift else word
+        if dtype == "float16":  # the field as it lies is a subnormal number, which tensor cores take
+            registers.append(arith.andi(word, i32(0x000F000F if bits == 4 else 0x00FF00FF)))
+        elif bits == 4:
+            registers.append(_masked(word, 0x000F000F, _MAGIC[dtype] * 0x10001, 0xEA))
+        else:
+            # 255 does not fit into 7 bits: q − 128 = (128 + low 7 bits) − (256, or 128 where the top bit is set).
+            low = _masked(word, 0x007F007F, 0x43004300, 0xEA)
+            registers.append(_subtract(low, _masked(word, 0x00800080, 0x43804380, 0x6A), dtype))
+    return registers
+
+
+def encoding(bits: int, dtype: str) -> tuple[float, float]:
+    """(unit, offset) of `encoded`."""
+    if dtype == "float16":
+        return 2.0**-24, 0.0
+    return 1.0, 128.0 if bits == 4 else -128.0
+
+
 def subtrahends(zeros, bits: int, dtype: str) -> tuple[ir.Value, ir.Value]:
-    """What `integers` subtracts for columns g and g + 8: zero-points (int32 values) made 16-bit pairs; None: 2^(bits−1)."""
+    """What `integers` subtracts for columns g and g + 8: zero-points (int32, None: 2^(bits − 1)) made 16-bit pairs."""
     middle = i32(2 ** (bits - 1))
     low, high = (middle, middle) if zeros is None else zeros
     results = []
@@ -103,7 +147,7 @@ def subtrahends(zeros, bits: int, dtype: str) -> tuple[ir.Value, ir.Value]:
 
 
 def integers(words, bits: int, dtype: str, minus, symmetric: bool) -> list[ir.Value]:
-    """Operand A of one 16 × 16 step, q − zero exactly, as four registers of two numbers.
+    """As `encoded`, but q − zero exactly.
 
     Args:
         words: one word (4 bits) or two (8 bits).
@@ -112,30 +156,22 @@ def integers(words, bits: int, dtype: str, minus, symmetric: bool) -> list[ir.Va
         minus: of `subtrahends`, for columns g (registers 0, 2) and g + 8 (registers 1, 3).
         symmetric: whether the zero-point is 2^(bits − 1).
     """
-    magic, suffix = _MAGIC[dtype] * 0x10001, _SUFFIX[dtype]
+    if bits == 8 and dtype == "bfloat16":
+        numbers = encoded(words, bits, dtype)
+        return numbers if symmetric else [_subtract(n, minus[i % 2], dtype) for i, n in enumerate(numbers)]
     registers = []
     for index in range(4):
         word = words[0] if bits == 4 else words[index // 2]
         shift = 4 * index if bits == 4 else 8 * (index % 2)
         word = arith.shrui(word, i32(shift)) if shift else word
-        if bits == 8 and dtype == "bfloat16":
-            # 255 does not fit into 7 bits: q − 128 = (128 + low 7 bits) − (256 − top bit · 128), both exact. With the
-            # top bit inverted first, 256 or 128 is 128 with the inverted bit in the exponent's last place.
-            low = arith.ori(arith.andi(word, i32(0x007F007F)), i32(magic))
-            top = arith.ori(arith.andi(arith.xori(word, i32(0x00800080)), i32(0x00800080)), i32(magic))
-            number = _subtract(low, top, suffix)
-            registers.append(number if symmetric else _subtract(number, minus[index % 2], suffix))
-        else:
-            mask = 0x000F000F if bits == 4 else 0x00FF00FF
-            number = arith.ori(arith.andi(word, i32(mask)), i32(magic))
-            registers.append(_subtract(number, minus[index % 2], suffix))
+        number = _masked(word, 0x000F000F if bits == 4 else 0x00FF00FF, _MAGIC[dtype] * 0x10001, 0xEA)
+        registers.append(_subtract(number, minus[index % 2], dtype))
     return registers
 
 
-def _subtract(left: ir.Value, right: ir.Value, suffix: str) -> ir.Value:
-    return utils.inline_ptx(
-        f"sub.rn.{suffix}x2 $0, $1, $2;", left, right, result_types=ir.IntegerType.get_signless(32)
-    )
+def ones(dtype: str) -> list[ir.Value]:
+    """Operand A of ones."""
+    return [i32({"bfloat16": 0x3F803F80, "float16": 0x3C003C00}[dtype])] * 4
 
 
 def product(a, b, c, dtype: str) -> list[ir.Value]:
@@ -153,6 +189,11 @@ def product(a, b, c, dtype: str) -> list[ir.Value]:
             convergent=True,
         )
     )
+
+
+def f32(value: float) -> ir.Value:
+    """A float32 constant."""
+    return utils.c(float(value), f32_type())
 
 
 def fma(left: ir.Value, right: ir.Value, term: ir.Value) -> ir.Value:
@@ -182,6 +223,53 @@ def join(array, tiles: list[list[ir.Value]]):
     return type(array)(_registers=shaped, _layout=array.layout, _is_signed=array.is_signed)
 
 
+def padded(x_MI, columns: int):
+    """x with zeros to whole chunks of columns and, past 8 rows, to whole tiles of 8 (what a tensor map wants)."""
+    rows = -x_MI.shape[0] % 8 if x_MI.shape[0] > 8 else 0
+    columns = -x_MI.shape[1] % columns
+    return jnp.pad(x_MI, ((0, rows), (0, columns))) if rows or columns else x_MI
+
+
 def name(dtype) -> str:
     """A dtype's name."""
     return jnp.dtype(dtype).name
+
+
+def multiply(left: ir.Value, right: ir.Value, dtype: str) -> ir.Value:
+    """Product of two pairs of 16-bit numbers."""
+    return utils.inline_ptx(
+        f"mul.rn.{_SUFFIX[dtype]}x2 $0, $1, $2;", left, right, result_types=ir.IntegerType.get_signless(32)
+    )
+
+
+def global_pointer(ref: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
+    """Address of element `index` (int64) of a ref in global memory."""
+    return llvm.getelementptr(
+        llvm.PointerType.get(), utils.memref_ptr(ref), [index], [-(2**31)], kind, llvm.GEPNoWrapFlags.none
+    )
+
+
+def load_global(ref: ir.Value, index: ir.Value, dtype: str) -> ir.Value:
+    """float32 of element `index` (int32)."""
+    kind = {"bfloat16": ir.BF16Type, "float16": ir.F16Type, "float32": ir.F32Type}[dtype].get()
+    value = llvm.load(kind, global_pointer(ref, arith.extui(ir.IntegerType.get_signless(64), index), kind))
+    return value if dtype == "float32" else arith.extf(f32_type(), value)
+
+
+def store_row(ref: ir.Value, row: ir.Value, column: ir.Value, words, columns: int) -> None:
+    """Stores 16-bit numbers, two a word, side by side in row `row` of a [.., columns] ref; past the last are left out."""
+    i16, i64 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(64)
+    index = arith.addi(
+        arith.muli(arith.extui(i64, row), utils.c(columns, i64)), arith.extui(i64, column)
+    )
+    pointer, count = global_pointer(ref, index, i16), len(words)
+    if columns % (2 * count) == 0:
+        names = ", ".join(f"${i + 1}" for i in range(count))
+        utils.inline_ptx(f"st.global.v{count}.b32 [$0], {{{names}}};", pointer, *words, has_side_effects=True)
+        return
+    for place in range(2 * count):
+        word = words[place // 2]
+        value = arith.trunci(i16, arith.shrui(word, i32(16)) if place % 2 else word)
+        inside = arith.cmpi(arith.CmpIPredicate.ult, arith.addi(column, i32(place)), i32(columns))
+        with utils.when(inside):
+            llvm.store(value, global_pointer(ref, arith.addi(index, utils.c(place, i64)), i16))

@@ -16,6 +16,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
@@ -30,6 +31,8 @@ from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 WARPS = 4
 STAGE = WARPS * layout.CHUNK
 X_PADDING = 8  # elements after each row of x in shared memory: the rows of an 8 × 8 matrix fall on different banks
+X_ROW_COPIES = 4  # up to so many rows of x are copied one by one, without a tensor map
+X_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 MAX_ROWS = 32
 
 
@@ -85,6 +88,16 @@ class Problem:
         return -(-self.rows // 8)
 
     @property
+    def x_tiled(self) -> bool:
+        """Whether x comes in swizzled 8 × 64 tiles by a tensor map instead of padded rows."""
+        return self.rows > X_ROW_COPIES
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of scales copied for a stage."""
+        return WARPS * self.groups
+
+    @property
     def columns(self) -> int:
         """Columns of a block."""
         return self.tiling.strips * layout.STRIP
@@ -99,8 +112,8 @@ def shared_bytes(problem: Problem) -> int:
     """Shared memory of a block."""
     tiling, item = problem.tiling, jnp.dtype(problem.scale_dtype).itemsize
     slot = WARPS * tiling.strips * 256 * problem.bits
-    slot += problem.rows * (STAGE + X_PADDING) * 2
-    slot += WARPS * problem.groups * problem.columns * (item + (not problem.symmetric))
+    slot += 8 * problem.row_tiles * STAGE * 2 if problem.x_tiled else problem.rows * (STAGE + X_PADDING) * 2
+    slot += problem.group_rows * problem.columns * (item + (not problem.symmetric))
     partial = tiling.warpgroups * WARPS * problem.rows * problem.partial_stride * 4
     return tiling.warpgroups * tiling.slots * (slot + 8) + partial + 6 * 1024
 
@@ -122,9 +135,7 @@ def call(
     array that is not read: benchmarks make each call of a chain wait for the one before with it.
     """
     rows, in_features = x_MI.shape
-    padding = -in_features % layout.CHUNK
-    if padding:
-        x_MI = jnp.pad(x_MI, ((0, 0), (0, padding)))
+    x_MI = fragments.padded(x_MI, layout.CHUNK)
     static_layer = layer if isinstance(layer, int) else None
     strips = weight.packed.shape[-2]
     problem = Problem(
@@ -154,18 +165,23 @@ def call(
         inputs["residual"] = residual_MO
     if after is not None:
         inputs["after"] = after
-    return _compiled(problem, tuple(inputs), portable)(*inputs.values())
+    if portable:  # whole strips
+        for name in ("bias", "residual"):
+            if name in inputs:
+                missing = strips * layout.STRIP - weight.out_features
+                inputs[name] = jnp.pad(inputs[name], ((0, 0),) * (inputs[name].ndim - 1) + ((0, missing),))
+    return _compiled(problem, tuple(inputs), portable)(*inputs.values())[:, : weight.out_features]
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(problem: Problem, names: tuple[str, ...], portable: bool):
-    tiling, groups = problem.tiling, problem.groups
+    tiling = problem.tiling
     multiply, finish = (_portable_multiply, _portable_finish) if portable else (_multiply, _finish)
     ring = (tiling.warpgroups, tiling.slots)
     scratch = {
         "packed_smem": plgpu.SMEM((*ring, WARPS, tiling.strips, 64 * problem.bits), jnp.int32),
         "x_smem": plgpu.SMEM((*ring, problem.rows, STAGE + X_PADDING), jnp.dtype(problem.dtype)),
-        "scales_smem": plgpu.SMEM((*ring, WARPS, groups, problem.columns), jnp.dtype(problem.scale_dtype)),
+        "scales_smem": plgpu.SMEM((*ring, problem.group_rows, problem.columns), jnp.dtype(problem.scale_dtype)),
         "partial_smem": plgpu.SMEM(
             (tiling.warpgroups * WARPS, problem.rows, problem.partial_stride), jnp.float32
         ),
@@ -174,8 +190,13 @@ def _compiled(problem: Problem, names: tuple[str, ...], portable: bool):
         ),
         "done": plgpu.Barrier(num_arrivals=tiling.warpgroups),
     }
+    if problem.x_tiled:
+        shape = (*ring, 8 * problem.row_tiles, STAGE)
+        scratch["x_smem"] = plgpu.SMEM(shape, jnp.dtype(problem.dtype), transforms=X_TILE)
     if not problem.symmetric:
-        scratch["zeros_smem"] = plgpu.SMEM((*ring, WARPS, groups, problem.columns), jnp.uint8)
+        scratch["zeros_smem"] = plgpu.SMEM((*ring, problem.group_rows, problem.columns), jnp.uint8)
+
+    columns = problem.strips * layout.STRIP if portable else problem.out_features
 
     def kernel(*refs, **scratch):
         inputs = dict(zip(names, refs[:-1], strict=True))
@@ -183,7 +204,7 @@ def _compiled(problem: Problem, names: tuple[str, ...], portable: bool):
 
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((problem.rows, problem.out_features), jnp.dtype(problem.dtype)),
+        out_type=jax.ShapeDtypeStruct((problem.rows, columns), jnp.dtype(problem.dtype)),
         grid=(-(-problem.strips // tiling.strips),),
         grid_names=("block",),
         num_threads=tiling.warpgroups,
@@ -196,7 +217,7 @@ def _compiled(problem: Problem, names: tuple[str, ...], portable: bool):
 
 def _arrivals(problem: Problem, chunks: int) -> int:
     """Copies that fill a slot with so many chunks."""
-    return problem.rows + chunks * (1 + problem.groups * (1 if problem.symmetric else 2))
+    return chunks + (1 if problem.x_tiled else problem.rows) + (1 if problem.symmetric else 2)
 
 
 def _body(problem: Problem, inputs, out_gmem, scratch, multiply, finish):
@@ -217,26 +238,28 @@ def _body(problem: Problem, inputs, out_gmem, scratch, multiply, finish):
 
     def copy_stage(stage, slot, chunks: int):
         barrier, refs = scratch["full"].at[warpgroup * tiling.slots + slot], slot_refs(slot)
-        copy = functools.partial(
+        bulk = functools.partial(
             plgpu.copy_gmem_to_smem, barrier=barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
         )
         for index in range(chunks):
             chunk = stage * WARPS + index
-            source = weight("packed").at[chunk, pl.ds(strip, tiling.strips)]
-            copy(source, refs["packed_smem"].at[index])
-        for row in range(problem.rows):
-            width = pl.ds(stage * STAGE, chunks * layout.CHUNK)
-            target = refs["x_smem"].at[row, pl.ds(0, chunks * layout.CHUNK)]
-            copy(inputs["x"].at[row, width], target)
-        columns = pl.ds(strip * layout.STRIP, problem.columns)
-        for index in range(chunks):
-            start = (stage * WARPS + index) * layout.CHUNK
-            for group in range(problem.groups):
-                row = lax.div(start, problem.group_size) + group
-                for name in ("scales", "zeros"):
-                    if name in inputs:
-                        source = weight(name).at[row, columns]
-                        copy(source, refs[f"{name}_smem"].at[index, group])
+            bulk(weight("packed").at[chunk, pl.ds(strip, tiling.strips)], refs["packed_smem"].at[index])
+        width = pl.ds(0, chunks * layout.CHUNK)
+        if problem.x_tiled:  # rows past the last are filled with zeros
+            rows = pl.ds(lax.axis_index("block") * 0, 8 * problem.row_tiles)
+            source = inputs["x"].at[rows, pl.ds(stage * STAGE, STAGE)]
+            plgpu.copy_gmem_to_smem(source, refs["x_smem"], barrier)
+        else:
+            for row in range(problem.rows):
+                source = inputs["x"].at[row, pl.ds(stage * STAGE, chunks * layout.CHUNK)]
+                bulk(source, refs["x_smem"].at[row, width])
+        first_group = lax.div(stage * STAGE, problem.group_size)
+        for name in ("scales", "zeros"):
+            if name in inputs:
+                source = weight(name).at[
+                    pl.ds(first_group, problem.group_rows), pl.ds(strip * layout.STRIP, problem.columns)
+                ]
+                plgpu.copy_gmem_to_smem(source, refs[f"{name}_smem"], barrier)
         for _ in range(_arrivals(problem, WARPS) - _arrivals(problem, chunks)):
             plgpu.barrier_arrive(barrier)
 
@@ -262,7 +285,7 @@ def _body(problem: Problem, inputs, out_gmem, scratch, multiply, finish):
     def step(index, sums):
         slot, stage = lax.rem(index, tiling.slots), warpgroup + index * tiling.warpgroups
         plgpu.barrier_wait(scratch["full"].at[warpgroup * tiling.slots + slot])
-        sums = multiply(problem, slot_refs(slot), stage * WARPS, sums)
+        sums = multiply(problem, slot_refs(slot), stage, sums)
         if refills:
             following = stage + tiling.slots * tiling.warpgroups
 
@@ -284,101 +307,134 @@ def _body(problem: Problem, inputs, out_gmem, scratch, multiply, finish):
 # --- the fast pieces -------------------------------------------------------------------------------------------------
 
 
-def _multiply(problem: Problem, refs, first_chunk, sums):
+def _multiply(problem: Problem, refs, stage, sums):
     """sums [64, (strip, row of x)] plus this stage's products; rows 16w + c: warp w's share of column c of each strip."""
-    tiling, tiles = problem.tiling, problem.row_tiles
     order = [name for name in ("packed_smem", "x_smem", "scales_smem", "zeros_smem") if name in refs]
+    kinds = [plgpu.RefType(X_TILE) if name == "x_smem" and problem.x_tiled else plgpu.RefType() for name in order]
 
     @plgpu.inline_mgpu(
-        arg_types=(*(plgpu.RefType() for _ in order), plgpu.Layout.WG_SPLAT, plgpu.Layout.WGMMA),
+        arg_types=(*kinds, plgpu.Layout.WG_SPLAT, plgpu.Layout.WGMMA),
         return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
     )
     def run(ctx, *operands):
         del ctx
-        named, (chunk, sums) = dict(zip(order, operands, strict=False)), operands[len(order) :]
+        named, (stage, sums) = dict(zip(order, operands, strict=False)), operands[len(order) :]
+        stage = stage.registers.flatten()[0]
         lane, warp = fragments.lane_and_warp()
 
         def products():
-            return fragments.join(sums, _warp_products(problem, named, lane, warp, fragments.split(sums)))
+            return fragments.join(sums, _warp_products(problem, named, stage, lane, warp, fragments.split(sums)))
 
         if problem.chunks % WARPS == 0:
             return products()
-        present = arith.cmpi(
-            arith.CmpIPredicate.slt,
-            arith.addi(chunk.registers.flatten()[0], warp),
-            fragments.i32(problem.chunks),
-        )
-        kinds = [register.type for register in sums.registers.flatten()]
-        branch = scf.IfOp(present, kinds, has_else=True)
+        chunk = fragments.multiply_add(stage, WARPS, warp)
+        present = arith.cmpi(arith.CmpIPredicate.slt, chunk, fragments.i32(problem.chunks))
+        branch = scf.IfOp(present, [register.type for register in sums.registers.flatten()], has_else=True)
         with ir.InsertionPoint(branch.then_block):
             scf.yield_(list(products().registers.flatten()))
         with ir.InsertionPoint(branch.else_block):
             scf.yield_(list(sums.registers.flatten()))
-        tiles_shape = sums.registers.shape
-        registers = fragments.np.asarray(list(branch.results), dtype=object).reshape(tiles_shape)
+        registers = np.asarray(list(branch.results), dtype=object).reshape(sums.registers.shape)
         return type(sums)(_registers=registers, _layout=sums.layout, _is_signed=None)
 
-    del tiling, tiles
-    return run(*(refs[name] for name in order), first_chunk, sums)
+    return run(*(refs[name] for name in order), stage, sums)
 
 
-def _warp_products(problem: Problem, refs, lane, warp, sums):
-    """One warp's chunk times x, all strips; sums as (strip, row tile) lists of four scalars."""
+def _load_x(problem: Problem, x_smem, lane, warp):
+    """Operand B of a warp's chunk: [row tile][step] two registers."""
+    row, matrix = arith.andi(lane, fragments.i32(7)), arith.shrui(lane, fragments.i32(3))
+    tiles = []
+    for tile in range(problem.row_tiles):
+        if problem.x_tiled:  # 8 × 64 tiles of 1 KB, 16-byte pieces of row r at place (piece ^ r)
+            piece = arith.shli(arith.xori(row, matrix), fragments.i32(4))
+            offset = fragments.multiply_add(warp, 2048, fragments.multiply_add(row, 128, piece))
+            low = fragments.address(x_smem, offset)
+            high = arith.xori(low, fragments.i32(64))
+            places = [(low, 0), (high, 0), (low, 1024), (high, 1024)]
+            places = [(pointer, part + tile * 8 * STAGE * 2) for pointer, part in places]
+        else:
+            clamped = arith.minui(row, fragments.i32(problem.rows - 1))
+            column = fragments.multiply_add(warp, 2 * layout.CHUNK, arith.shli(matrix, fragments.i32(4)))
+            pointer = fragments.address(x_smem, fragments.multiply_add(clamped, (STAGE + X_PADDING) * 2, column))
+            places = [(pointer, 64 * quarter) for quarter in range(4)]
+        loads = [fragments.load_matrices(*place) for place in places]
+        tiles.append([pair for load in loads for pair in (load[:2], load[2:])])
+    return tiles
+
+
+def _warp_products(problem: Problem, refs, stage, lane, warp, sums):
+    """One warp's chunk times x, all strips; sums as (strip, row tile) lists of four scalars.
+
+    Σ (q − zero) · x = Σ encoded · x − (offset + zero) · Σ x: the second term is where each group's sum starts from.
+    """
     strips, tiles, bits, dtype = problem.tiling.strips, problem.row_tiles, problem.bits, problem.dtype
-    unit = 256 * bits  # bytes
+    unit_bytes, (unit, offset) = 256 * bits, fragments.encoding(bits, dtype)
     packed = fragments.address(
-        refs["packed_smem"], fragments.multiply_add(warp, strips * unit, arith.shli(lane, fragments.i32(4)))
+        refs["packed_smem"], fragments.multiply_add(warp, strips * unit_bytes, arith.shli(lane, fragments.i32(4)))
     )
-    x_stride = (STAGE + X_PADDING) * 2
-    x_row = arith.andi(lane, fragments.i32(7))
-    x_column = fragments.multiply_add(warp, 2 * layout.CHUNK)
-    x_column = fragments.multiply_add(arith.shrui(lane, fragments.i32(3)), 16, x_column)
-    x = []  # [row tile][step] two registers
-    for tile in range(tiles):
-        row = arith.minui(arith.addi(x_row, fragments.i32(8 * tile)), fragments.i32(problem.rows - 1))
-        pointer = fragments.address(refs["x_smem"], fragments.multiply_add(row, x_stride, x_column))
-        loads = [fragments.load_matrices(pointer, 64 * quarter) for quarter in range(4)]
-        x.append([pair for load in loads for pair in (load[:2], load[2:])])
+    x = _load_x(problem, refs["x_smem"], lane, warp)
     item = jnp.dtype(problem.scale_dtype).itemsize
-    column = arith.shrui(lane, fragments.i32(2))
-    scale_kind = "f32" if item == 4 else "u16"
-    row_columns = problem.groups * problem.columns
-    scales = fragments.address(
-        refs["scales_smem"], fragments.multiply_add(fragments.multiply_add(warp, row_columns, column), item)
-    )
-    if problem.symmetric:
-        zeros, minus = None, fragments.subtrahends(None, bits, dtype)
+    if problem.group_size <= layout.CHUNK:
+        group_row = arith.muli(warp, fragments.i32(problem.groups))
     else:
-        zeros = fragments.address(refs["zeros_smem"], fragments.multiply_add(warp, row_columns, column))
+        size, start = fragments.i32(problem.group_size), fragments.multiply_add(stage, STAGE)
+        chunk = fragments.multiply_add(warp, layout.CHUNK, start)
+        group_row = arith.subi(arith.divui(chunk, size), arith.divui(start, size))
+    place = fragments.multiply_add(group_row, problem.columns, arith.shrui(lane, fragments.i32(2)))
+    scales = fragments.address(refs["scales_smem"], arith.muli(place, fragments.i32(item)))
+    zeros = None if problem.symmetric else fragments.address(refs["zeros_smem"], place)
     steps = 8 // problem.groups
+    x_sums = []  # [group][row tile]: Σ x of this thread's two rows, as fragments.product lays them out
+    for group in range(problem.groups):
+        x_sums.append([None] * tiles)
+        for step in range(group * steps, (group + 1) * steps):
+            for tile in range(tiles):
+                x_sums[group][tile] = fragments.product(
+                    fragments.ones(dtype), x[tile][step], x_sums[group][tile], dtype
+                )
+
+    def scaled(values, factors):
+        return [arith.mulf(value, factors[index // 2]) for index, value in enumerate(values)]
+
+    middle = fragments.f32(-(offset + unit * 2 ** (bits - 1)))
+    if problem.symmetric:
+        starts = [[scaled(tile, [middle] * 2) for tile in group] for group in x_sums]
     results = []
     for strip in range(strips):
-        loads = [fragments.load_shared(packed, strip * unit + 512 * part, "v4.b32") for part in range(bits // 2)]
+        loads = [
+            fragments.load_shared(packed, strip * unit_bytes + 512 * part, "v4.b32") for part in range(bits // 2)
+        ]
         flat = [word for load in loads for word in load]
         words = [flat[step * bits // 4 : (step + 1) * bits // 4] for step in range(8)]
         totals = [sums[strip * tiles + tile] for tile in range(tiles)]
         for group in range(problem.groups):
             position = group * problem.columns + strip * layout.STRIP
-            if not problem.symmetric:
-                pair = [fragments.load_shared(zeros, position + high, "u8") for high in (0, 8)]
-                minus = fragments.subtrahends(pair, bits, dtype)
-            accumulated = [None] * tiles
+            if problem.symmetric:
+                accumulated = list(starts[group])
+            else:
+                factors = []
+                for high in (0, 8):
+                    zero = arith.uitofp(fragments.f32_type(), fragments.load_shared(zeros, position + high, "u8"))
+                    factors.append(fragments.fma(zero, fragments.f32(-unit), fragments.f32(-offset)))
+                accumulated = [scaled(x_sums[group][tile], factors) for tile in range(tiles)]
             for step in range(group * steps, (group + 1) * steps):
-                a = fragments.integers(words[step], bits, dtype, minus, problem.symmetric)
+                a = fragments.encoded(words[step], bits, dtype)
                 for tile in range(tiles):
                     accumulated[tile] = fragments.product(a, x[tile][step], accumulated[tile], dtype)
-            scale = [
-                fragments.widen(
-                    fragments.load_shared(scales, (position + high) * item, scale_kind), problem.scale_dtype
-                )
-                for high in (0, 8)
-            ]
+            scale = [_load_scale(problem, scales, (position + high) * item, unit) for high in (0, 8)]
             totals = [
                 [fragments.fma(accumulated[tile][i], scale[i // 2], totals[tile][i]) for i in range(4)]
                 for tile in range(tiles)
             ]
         results.extend(totals)
     return results
+
+
+def _load_scale(problem: Problem, scales, offset: int, unit: float):
+    """A scale over the unit of `fragments.encoding`, float32."""
+    kind = "f32" if problem.scale_dtype == "float32" else "u16"
+    scale = fragments.widen(fragments.load_shared(scales, offset, kind), problem.scale_dtype)
+    return scale if unit == 1.0 else arith.mulf(scale, fragments.f32(1 / unit))
 
 
 def _finish(problem: Problem, sums, scratch, inputs, out_gmem, warpgroup, start, first):
@@ -467,10 +523,10 @@ def _store_block(problem: Problem, partial, out, added, start, first):
 # --- the portable pieces ---------------------------------------------------------------------------------------------
 
 
-def _portable_multiply(problem: Problem, refs, first_chunk, sums):
+def _portable_multiply(problem: Problem, refs, stage, sums):
     """`_multiply` in plain operations."""
     strips, columns, tiles = problem.tiling.strips, problem.columns, problem.row_tiles
-    x = refs["x_smem"][...].astype(jnp.float32)
+    x = refs["x_smem"][...].astype(jnp.float32)[: problem.rows]
     q = layout.integers(refs["packed_smem"][...], problem.bits).astype(jnp.float32)
     scales = refs["scales_smem"][...].astype(jnp.float32)
     zeros = refs["zeros_smem"][...].astype(jnp.float32) if "zeros_smem" in refs else None
@@ -480,11 +536,16 @@ def _portable_multiply(problem: Problem, refs, first_chunk, sums):
         part = jnp.zeros((columns, problem.rows), jnp.float32)
         for group in range(problem.groups):
             start = warp * layout.CHUNK + group * rows
-            minus = float(2 ** (problem.bits - 1)) if zeros is None else zeros[warp, group]
+            if problem.group_size <= layout.CHUNK:
+                row = warp * problem.groups + group
+            else:
+                first = lax.div(stage * STAGE, problem.group_size)
+                row = lax.div(stage * STAGE + warp * layout.CHUNK, problem.group_size) - first
+            minus = float(2 ** (problem.bits - 1)) if zeros is None else zeros[row]
             values = q[start : start + rows] - minus
             product = jnp.dot(values.T, x[:, start : start + rows].T, precision=lax.Precision.HIGHEST)
-            part = part + product * scales[warp, group][:, None]
-        part = jnp.where(first_chunk + warp < problem.chunks, part, 0.0)
+            part = part + product * scales[row][:, None]
+        part = jnp.where(stage * WARPS + warp < problem.chunks, part, 0.0)
         part = jnp.pad(part, ((0, 0), (0, 8 * tiles - problem.rows)))
         parts.append(part.reshape(strips, layout.STRIP, 8 * tiles).swapaxes(0, 1).reshape(layout.STRIP, -1))
     return sums + jnp.concatenate(parts)
@@ -503,14 +564,15 @@ def _portable_finish(problem: Problem, sums, scratch, inputs, out_gmem, warpgrou
     @pl.when(warpgroup == 0)
     def _():
         total = partial[...][..., : problem.columns].sum(0)
-        for column in range(problem.columns):
-            where = start + column
+        for strip in range(strips):
+            column = start + strip * layout.STRIP
 
-            @pl.when((where >= first) & (where < problem.out_features))
-            def _(column=column, where=where):
-                value = total[:, column]
+            @pl.when(column >= first)
+            def _(strip=strip, column=column):
+                value = total[:, strip * layout.STRIP : (strip + 1) * layout.STRIP]
+                columns = pl.ds(column, layout.STRIP)
                 if "bias" in inputs:
-                    value = value + inputs["bias"][where].astype(jnp.float32)
+                    value = value + inputs["bias"][columns].astype(jnp.float32)
                 if "residual" in inputs:
-                    value = value + inputs["residual"][:, where].astype(jnp.float32)
-                out_gmem[:, where] = value.astype(out_gmem.dtype)
+                    value = value + inputs["residual"][:, columns].astype(jnp.float32)
+                out_gmem[:, columns] = value.astype(out_gmem.dtype)
