@@ -96,7 +96,8 @@ class Layer:
             start = sum(list(outputs.values())[: list(outputs).index(separate_bias)])
             columns = slice(start, start + outputs[separate_bias])
             if bias_O[columns].any():
-                separate = jnp.asarray(bias_O[None, columns])
+                # A copy: JAX may use the array's own memory, which is changed in the next line.
+                separate = jnp.asarray(bias_O[None, columns].copy())
             bias_O[columns] = 0
         linear = self._linear(weight_IO, bias_O if bias_O.any() else None, axes)
         return FusedLinear([linear], [tuple(outputs.values())]), separate
