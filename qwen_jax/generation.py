@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.block_sums import compiler_options
+from pallas_kernels.quantized_matmul.op import default_chip
 from qwen_jax.errors import NonFiniteLogitsError
 from qwen_jax.kv_cache import CacheState
 from qwen_jax.model import Decoder, Step
@@ -90,11 +92,12 @@ class Programs:
         self.vocabulary_width = model.config.vocab_size  # columns of logits; over devices possibly more
         self._leaves, structure = jax.tree.flatten(model)
         # The structure is a static argument, not a closure: models that are alike share what was compiled.
-        self._score = functools.partial(_jit_score, structure)
-        self._prefill = functools.partial(_jit_prefill, structure)
-        self._decode = functools.partial(_jit_decode, structure)
-        self._first = _jit_first
-        self._chunk = functools.partial(_jit_chunk, structure)
+        jitted = _jitted()
+        self._score = functools.partial(jitted.score, structure)
+        self._prefill = functools.partial(jitted.prefill, structure)
+        self._decode = functools.partial(jitted.decode, structure)
+        self._first = jitted.first
+        self._chunk = functools.partial(jitted.chunk, structure)
 
     def empty_cache(self, slots: int, length: int, dtype: str, quantized: bool) -> CacheState:
         """Room for `length` tokens in each of `slots` rows."""
@@ -206,6 +209,7 @@ def _prefill(structure, leaves, ids_BT, lengths_B, *, cache: CacheState):
     model = _model(structure, leaves)
     step, alpha_B = _prompt_step(model, ids_BT, lengths_B)
     hidden_BTD, kv = model.hidden(ids_BT, step, cache.kv)
+    assert kv is not None
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last_BD), CacheState(kv, lengths_B, alpha_B)
 
@@ -226,6 +230,7 @@ def _step(model: Decoder, token_B, cache: CacheState, key_rotary, active_length:
     tables = rotary(model.config, positions_B1, cache.ntk_alpha_B)
     step = Step(tables, cache.lengths_B, lengths_B, key_rotary, decode=True, active_length=active_length)
     hidden_BTD, kv = model.hidden(token_B[:, None], step, cache.kv)
+    assert kv is not None
     return model.logits(hidden_BTD[:, 0]), CacheState(kv, lengths_B, cache.ntk_alpha_B)
 
 
@@ -266,8 +271,8 @@ def _first(logits_BV, seen_BV, sampler, rules, *, cache: CacheState, filters, lo
     zeros_B = jnp.zeros(B, jnp.int32)
     loop = Loop(cache, zeros_B, jnp.zeros(B, bool), zeros_B, seen_BV, zeros_B - 1)
     loop, out = _choose(logits_BV, loop, sampler, rules, filters, logprobs, vocabulary)
-    parts = jax.tree.map(lambda array_B: array_B[:, None], out)
-    return loop, Emitted(*parts, loop.done_B, loop.nonfinite_B)
+    token_B1, logprob_B1, kept_B1 = jax.tree.map(lambda array_B: array_B[:, None], out)
+    return loop, Emitted(token_B1, logprob_B1, kept_B1, loop.done_B, loop.nonfinite_B)
 
 
 def _chunk(
@@ -297,15 +302,29 @@ def _chunk(
         return _choose(logits_BV, loop._replace(cache=cache), sampler, rules, filters, logprobs, vocabulary)
 
     loop, out = lax.scan(body, loop, length=steps)
-    parts = jax.tree.map(lambda array_NB: array_NB.T, out)
-    return loop, Emitted(*parts, loop.done_B, loop.nonfinite_B)
+    tokens_BN, logprobs_BN, kept_BN = jax.tree.map(lambda array_NB: array_NB.T, out)
+    return loop, Emitted(tokens_BN, logprobs_BN, kept_BN, loop.done_B, loop.nonfinite_B)
 
 
-_CHOICES = ("filters", "logprobs")
-_jit_score = jax.jit(_score, static_argnums=0)
-_jit_prefill = jax.jit(_prefill, static_argnums=0, donate_argnames="cache")
-_jit_decode = jax.jit(_decode, static_argnums=0, static_argnames="active_length", donate_argnames="cache")
-_jit_first = jax.jit(_first, static_argnames=_CHOICES, donate_argnames="cache")
-_jit_chunk = jax.jit(
-    _chunk, static_argnums=0, static_argnames=(*_CHOICES, "steps", "active_length"), donate_argnames="loop"
-)
+class _Jitted(NamedTuple):
+    score: Any
+    prefill: Any
+    decode: Any
+    first: Any
+    chunk: Any
+
+
+@functools.cache
+def _jitted() -> _Jitted:
+    """The compiled functions, shared by all models; made when a device is first asked for, never at import."""
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(default_chip()))
+    choices = ("filters", "logprobs")
+    return _Jitted(
+        score=jit(_score, static_argnums=0),
+        prefill=jit(_prefill, static_argnums=0, donate_argnames="cache"),
+        decode=jit(_decode, static_argnums=0, static_argnames="active_length", donate_argnames="cache"),
+        first=jit(_first, static_argnames=choices, donate_argnames="cache"),
+        chunk=jit(
+            _chunk, static_argnums=0, static_argnames=(*choices, "steps", "active_length"), donate_argnames="loop"
+        ),
+    )

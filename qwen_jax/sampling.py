@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.argmax import argmax
+from pallas_kernels.quantized_matmul.op import default_chip
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -122,7 +125,7 @@ class Vocabulary:
 
     def argmax(self, x_BV):
         """int32 [B], the lowest id among the greatest; float32 [B, V]."""
-        best_B = jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
+        best_B = argmax(x_BV, default_chip())
         if self.axis is None:
             return best_B
         # One small gather of (value, id) pairs; devices hold ids in ascending order, so the first device wins a tie.

@@ -1,0 +1,29 @@
+"""Greedy choice of a token: the argmax over a vocabulary, where XLA's own is slow."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MAX_RUNS = 128  # steps of the written-out program
+
+
+def argmax(x_BV: jax.Array, chip: str) -> jax.Array:
+    """int32 [B], the lowest index among the greatest of float32 [B, V]; of a row with NaN any valid index.
+
+    On a CPU XLA reduces (value, index) pairs one by one: 0.25 ms for 49152, 3 % of a small model's step. There V is cut
+    into runs that are compared element by element, whole vectors at a time: 0.03 ms.
+    """
+    B, V = x_BV.shape
+    runs = next(count for count in range(MAX_RUNS, 0, -1) if V % count == 0)
+    if chip != "cpu" or runs < 8:
+        return jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
+    width = V // runs
+    x_BRW = x_BV.reshape(B, runs, width)
+    value_BW, run_BW = x_BRW[:, 0], jnp.zeros((B, width), jnp.int32)
+    for run in range(1, runs):
+        greater_BW = x_BRW[:, run] > value_BW  # strictly: the earlier run keeps a tie
+        value_BW = jnp.where(greater_BW, x_BRW[:, run], value_BW)
+        run_BW = jnp.where(greater_BW, run, run_BW)
+    value_BW, run_BW = lax.optimization_barrier((value_BW, run_BW))
+    index_BW = run_BW * width + lax.broadcasted_iota(jnp.int32, (B, width), 1)
+    return jnp.where(value_BW == value_BW.max(-1, keepdims=True), index_BW, V - 1).min(-1)
