@@ -51,9 +51,7 @@ def spec(names: Sequence[str]) -> P:
     placed = [AXES[name] for name in names]
     used = [axis for axis in placed if axis is not None]
     if len(set(used)) < len(used):
-        raise ValueError(
-            f"axes {tuple(names)}: two dimensions lie on one mesh axis {placed}; expected at most one each."
-        )
+        raise ValueError(f"axes {tuple(names)}: lie on mesh axes {placed}, expected each of those at most once.")
     while placed and placed[-1] is None:
         placed.pop()
     return P(*placed)
@@ -66,9 +64,7 @@ def check_mesh(mesh: Mesh) -> None:
         ValueError: for axes other than "data" and "model" (in either order), and for manual axes.
     """
     if not isinstance(mesh, Mesh):
-        raise ValueError(
-            f"mesh: {type(mesh).__name__}, expected a jax.sharding.Mesh (jax.make_mesh makes one) or None."
-        )
+        raise ValueError(f"mesh: {type(mesh).__name__}, expected a jax.sharding.Mesh, as jax.make_mesh makes it.")
     if set(mesh.axis_names) != {DATA, MODEL}:
         raise ValueError(
             f"mesh: axes {tuple(mesh.axis_names)}, expected {DATA!r} and {MODEL!r} in either order. Make it with "
@@ -89,7 +85,7 @@ def tensor_axes(weight: QuantizedTensor | DenseTensor, axes: tuple[str, str]):
     """
     stack = ("layers",) if weight.stack else ()
     rows, columns = axes
-    natural = {"gptq": (rows, columns), "plain": (rows, columns), "row_pairs": (rows, columns)}
+    natural = dict.fromkeys(("gptq", "mosaic_tpu", "plain", "row_pairs"), (rows, columns))
     natural["transposed"] = (columns, rows)
 
     def names(array, order):

@@ -1,0 +1,371 @@
+"""Models on meshes of eight simulated devices against the same model on one: tables, cuts, logits, tokens, HLO."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.dense_matmul import DenseTensor
+from pallas_kernels.quantized_matmul import layout
+from pallas_kernels.quantized_matmul.reference import dequantize
+from qwen_jax import QwenForCausalLM
+from qwen_jax.sampling import WHOLE, SamplingConfig, Vocabulary, device_sampler, sample
+from qwen_jax.sharded_programs import ShardedPrograms
+from qwen_jax.sharding import AXES, head_layout, parameter_axes, spec, split_rows, split_vocabulary
+from qwen_jax.weight_cuts import common_group_size, take_bias, take_columns, take_rows
+from tests.qwen_jax.test_golden import CASES, FOLDER, GOLDEN, decode_logits, golden, load, relative_error
+
+ACT_ORDER = "qwen2-int4-g64-actorder-asym"
+QWEN1 = "qwen1-int4-g32"
+LIMIT = 1e-5
+MESHES = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 6), (1, 8), (2, 4), (8, 1)]
+
+
+def make_mesh(data: int, model: int, axis_type=AxisType.Explicit) -> Mesh:
+    devices = jax.devices()[: data * model]
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(axis_type,) * 2, devices=devices)
+
+
+@functools.lru_cache(maxsize=2)
+def on_mesh(case: str, kind: str, data: int, model: int, **options) -> QwenForCausalLM:
+    folder = GOLDEN / case / FOLDER[kind]
+    return QwenForCausalLM.from_pretrained(folder, dtype="float32", mesh=make_mesh(data, model), **options)
+
+
+# -- the whole model ---------------------------------------------------------------------------------------------------
+
+QUICK = [
+    (ACT_ORDER, "gptq", 1, 4),  # act-order under row-parallel, groups cut in two, 2 key/value heads on 4 devices
+    ("qwen3-gptqmodel-int4-g64-v2-asym-actorder", "gptq", 1, 2),  # 3 key/value heads on 2 devices
+    (QWEN1, "gptq", 1, 3),  # dynamic NTK, nothing divides
+    ("qwen3-gptqmodel-int4-g32-dynamic-tied", "float", 4, 2),  # tied head, 2 rows on 4 devices
+]
+ALL = [(case, kind, *mesh) for case in CASES for kind in FOLDER for mesh in MESHES]
+
+
+def check_case(case, kind, data, model):
+    one, many, want = load(case, kind), on_mesh(case, kind, data, model), golden(case)
+    ids, tokens = want["ids"], want[f"{kind}_greedy"]
+    logits = np.asarray(many(ids))
+    assert logits.shape == (*ids.shape, one.config.vocab_size)
+    assert relative_error(logits, one(ids)) < LIMIT
+    assert relative_error(decode_logits(many, ids, tokens[:, :3]), decode_logits(one, ids, tokens[:, :3])) < LIMIT
+    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=[], logprobs=True)
+    ours, single = many.generate(ids, **settings), one.generate(ids, **settings)
+    np.testing.assert_array_equal(ours.tokens, single.tokens)
+    np.testing.assert_array_equal(ours.tokens, tokens)
+    np.testing.assert_allclose(ours.logprobs, single.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("case, kind, data, model", QUICK)
+def test_equals_one_device(case, kind, data, model):
+    check_case(case, kind, data, model)
+    want = golden(case)
+    if case == QWEN1:  # beyond the trained length
+        assert (
+            relative_error(on_mesh(case, kind, data, model)(want["long_ids"]), load(case, kind)(want["long_ids"]))
+            < LIMIT
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, kind, data, model", ALL)
+def test_equals_one_device_everywhere(case, kind, data, model):
+    check_case(case, kind, data, model)
+    long_ids = golden(case)["long_ids"]
+    assert relative_error(on_mesh(case, kind, data, model)(long_ids), load(case, kind)(long_ids)) < LIMIT
+
+
+def heads_of(array, table):
+    """[L, B, G, …] of one device from an array in the devices' order of heads."""
+    order = np.asarray(table).reshape(-1)
+    return np.stack([array[:, :, np.flatnonzero(order == head)[0]] for head in range(order.max() + 1)], axis=2)
+
+
+def check_8_bit_cache(case, kind, data, model):
+    """A value within 1e-6 of the middle between two steps may be rounded either way: rows where all are rounded alike
+    have the same logits, in the others at most one byte in a hundred differs, by one step."""
+    options = dict(use_cache_quantization=True, max_length=64)
+    one, many = load(case, kind, **options), on_mesh(case, kind, data, model, **options)
+    ids, tokens = golden(case)["ids"], golden(case)[f"{kind}_greedy"]
+    B, T = ids.shape
+    config = one.config
+    table = head_layout(config.num_heads, config.num_kv_heads, model).kv_table
+
+    def run(m):
+        _, cache = m.prefill(ids)
+        logits, arrays = [], None
+        for step in range(3):
+            out, cache = m.decode(tokens[:, step : step + 1], cache)
+            logits.append(np.asarray(out)[:, 0])
+        arrays = [np.asarray(leaf)[:, :B, :, : T + 3] for leaf in jax.tree.leaves(cache._peek().kv)]
+        return np.stack(logits, 1), arrays
+
+    (got, arrays), (want, expected) = run(many), run(one)
+    same_B = np.ones(B, bool)
+    for ours, theirs in zip([heads_of(array, table) for array in arrays], expected, strict=True):
+        differs = ours != theirs
+        same_B &= ~differs.any(axis=(0, *range(2, differs.ndim)))
+        if ours.dtype == np.uint8:
+            assert differs.mean() < 0.01
+            assert np.abs(ours.astype(int) - theirs).max() <= 1
+        else:
+            np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=2**-10, atol=1e-6)
+    for row in range(B):
+        assert relative_error(got[row], want[row]) < (LIMIT if same_B[row] else 5e-3)
+    return same_B
+
+
+def test_8_bit_cache():
+    assert check_8_bit_cache("qwen2-int4-per-channel", "gptq", 1, 4).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, kind, data, model", ALL)
+def test_8_bit_cache_everywhere(case, kind, data, model):
+    check_8_bit_cache(case, kind, data, model)
+
+
+def test_sampled_tokens_are_those_of_one_device():
+    settings = dict(max_new_tokens=9, do_sample=True, eos_token_id=[], seed=[3, 4], repetition_penalty=1.3)
+    settings |= dict(top_k=50, top_p=0.9, min_p=0.01, temperature=1.5)
+    one, many = load(ACT_ORDER, "gptq"), on_mesh(ACT_ORDER, "gptq", 1, 4)
+    ids = golden(ACT_ORDER)["ids"]
+    np.testing.assert_array_equal(many.generate(ids, **settings), one.generate(ids, **settings))
+    assert not np.array_equal(one.generate(ids, **settings), one.generate(ids, **{**settings, "seed": [5, 6]}))
+
+
+# -- meshes ------------------------------------------------------------------------------------------------------------
+
+
+def test_axis_types_and_order_of_axes():
+    """`jax.make_mesh` gives Explicit axes, `Mesh(...)` Auto ones; either may come with the axes in the other order."""
+    folder, ids = GOLDEN / ACT_ORDER / "quantized", golden(ACT_ORDER)["ids"]
+    devices = np.asarray(jax.devices()[:4]).reshape(2, 2)
+    meshes = [
+        make_mesh(2, 2),
+        Mesh(devices, ("data", "model")),
+        Mesh(devices.T, ("model", "data")),
+        jax.make_mesh((2, 2), ("model", "data"), devices=jax.devices()[:4]),
+    ]
+    want, _ = load(ACT_ORDER, "gptq").prefill(ids)
+    results = []
+    for mesh in meshes:
+        model = QwenForCausalLM.from_pretrained(folder, dtype="float32", mesh=mesh)
+        logits, _ = model.prefill(ids)
+        assert relative_error(logits, want) < LIMIT
+        results.append(np.asarray(logits))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+    with jax.set_mesh(meshes[-1]):
+        np.testing.assert_array_equal(results[3], model.prefill(ids)[0])
+
+
+@pytest.mark.parametrize("mesh, message", [
+    (lambda: jax.make_mesh((2, 4), ("x", "model")), r"mesh: axes \('x', 'model'\), expected 'data' and 'model' in either"),
+    (lambda: jax.make_mesh((8,), ("model",)), r"mesh: axes \('model',\), expected .*jax.make_mesh\(\(1, 8\)"),
+    (lambda: make_mesh(1, 8, AxisType.Manual), "mesh: axes of type Manual, expected Explicit or Auto"),
+    (lambda: (1, 8), "mesh: tuple, expected a jax.sharding.Mesh"),
+])  # fmt: skip
+def test_other_meshes_are_named(mesh, message):
+    with pytest.raises(ValueError, match=message):
+        QwenForCausalLM.from_pretrained(GOLDEN / ACT_ORDER / "quantized", mesh=mesh())
+
+
+@pytest.mark.parametrize("names, message", [
+    (("layers", "height"), "'height' is unknown"),
+    (("heads", "mlp"), r"lie on mesh axes \['model', 'model'\]"),
+])  # fmt: skip
+def test_bad_names_of_dimensions(names, message):
+    with pytest.raises(ValueError, match=message):
+        spec(names)
+
+
+# -- where parameters lie ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case, kind, data, model", [QUICK[0], QUICK[3]])
+def test_every_parameter_is_named_and_placed_so(case, kind, data, model):
+    many = on_mesh(case, kind, data, model)
+    leaves, names = jax.tree.leaves(many.decoder), parameter_axes(many.decoder)
+    assert len(leaves) == len(names)
+    split = 0
+    for leaf, axes in zip(leaves, names, strict=True):
+        assert len(axes) == leaf.ndim
+        assert set(axes) <= set(AXES)
+        assert leaf.sharding.spec == spec(axes)
+        for size, name in zip(leaf.shape, axes, strict=True):
+            assert size % {"model": model, "data": data, None: 1}[AXES[name]] == 0
+        share = leaf.nbytes // (model if "model" in spec(axes) else 1)
+        assert all(shard.data.nbytes == share for shard in leaf.addressable_shards)
+        split += leaf.nbytes if "model" in spec(axes) else 0
+    # Norms and, of act-order, the order of inputs that all devices share, are the only things with copies.
+    assert split > 0.95 * sum(leaf.nbytes for leaf in leaves)
+
+
+def test_devices_get_their_share_and_nothing_else(monkeypatch):
+    """Every byte that is sent to a device while loading is counted: no whole tensor on any of them, not even for a
+    moment, and in total about an eighth of the model."""
+    sent: dict = {}
+    put = jax.device_put
+
+    def counted(array, device):
+        sent.setdefault(device, []).append(np.asarray(array).nbytes)
+        return put(array, device)
+
+    monkeypatch.setattr(jax, "device_put", counted)
+    folder = GOLDEN / QWEN1 / "quantized"
+    QwenForCausalLM.from_pretrained(folder, dtype="float32", mesh=make_mesh(1, 8, AxisType.Auto))
+    monkeypatch.undo()
+    whole = [leaf.nbytes for leaf in jax.tree.leaves(load(QWEN1, "gptq").decoder)]
+    assert len(sent) == 8
+    for sizes in sent.values():
+        assert max(sizes) <= max(whole) / 8
+        assert sum(sizes) < 1.5 * sum(whole) / 4  # 4 heads and 12 groups on 8 devices: some of the shares are empty
+
+
+@pytest.mark.parametrize("case, gathers", [("qwen2-int4-per-channel", 0), (ACT_ORDER, 1)])
+def test_reductions_of_a_decode_step(case, gathers):
+    """Two all-reduces a layer and one for the embedding; act-order's stated gather is of activations."""
+    many = on_mesh(case, "gptq", 1, 4)
+    many.decoder.unroll = True
+    programs = ShardedPrograms(many.decoder, make_mesh(1, 4))
+    cache = programs.empty_cache(2, 64, "float32", False)
+    token = programs._rows(np.zeros(2, np.int32))
+    hlo = programs._decode.lower(programs._leaves, token, cache=cache, active_length=64).compile().as_text()
+    many.decoder.unroll = False
+    layers, config = many.config.num_layers, many.config
+    count = {op: len(re.findall(rf"= \S+ {op}(-start)?\(", hlo)) for op in COLLECTIVES}
+    assert count == dict.fromkeys(COLLECTIVES, 0) | {"all-reduce": 2 * layers + 1, "all-gather": gathers * layers}
+    inner = config.num_heads * config.head_dim
+    for shape in re.findall(r"= \S+?\[([\d,]+)\]\S* all-gather", hlo):
+        assert np.prod([int(size) for size in shape.split(",")]) == 2 * inner
+    copies = re.findall(rf"= \S+?\[{layers},2,\d+,64,{config.head_dim}\]\S* copy\(", hlo)
+    assert not copies, "the cache is not updated in place"
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
+
+
+# -- tables and cuts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 3), (28, 4), (14, 2), (64, 8), (40, 40), (9, 3)])
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 6, 8, 16])
+def test_every_head_has_one_place(heads, kv_heads, devices):
+    table = head_layout(heads, kv_heads, devices)
+    queries, keys = np.asarray(table.query_table), np.asarray(table.kv_table)
+    assert queries.shape == (devices, table.heads) and keys.shape == (devices, table.kv_heads)
+    np.testing.assert_array_equal(np.sort(queries[queries >= 0]), np.arange(heads))
+    served = np.repeat(keys, table.queries, axis=1)  # the key/value head beside each query head, as kernels pair them
+    np.testing.assert_array_equal(served[queries >= 0], queries[queries >= 0] // (heads // kv_heads))
+    assert table.heads < -(-heads // devices) + heads // kv_heads
+
+
+def test_heads_of_qwen25_7b_on_8_devices():
+    table = head_layout(28, 4, 8)
+    assert (table.kv_heads, table.queries) == (1, 4)
+    assert table.kv_table == ((0,), (0,), (1,), (1,), (2,), (2,), (3,), (3,))
+    assert table.query_table[:2] == ((0, 1, 2, 3), (4, 5, 6, -1))
+
+
+@pytest.mark.parametrize("size, group_size, devices, length, group", [
+    (13696, 128, 8, 1792, 128),  # 107 groups on 8 devices
+    (29568, 128, 8, 3712, 128),
+    (320, 64, 4, 96, 32),  # 5 groups: halves
+    (11008, 11008, 8, 1376, 1376),  # one group a column stays one
+    (13696, None, 8, 1728, None),
+])  # fmt: skip
+def test_rows_are_split_at_groups(size, group_size, devices, length, group):
+    rows = split_rows(size, group_size, devices)
+    assert rows.shape == (devices, length)
+    np.testing.assert_array_equal(rows[rows >= 0], np.arange(size))
+    if group is not None:
+        assert common_group_size(rows, group_size) == group
+
+
+def test_vocabulary_is_split_whole():
+    for size, devices in ((151936, 8), (151936, 3), (384, 8), (352, 8), (50, 1)):
+        ids = split_vocabulary(size, devices)
+        np.testing.assert_array_equal(ids[ids >= 0], np.arange(size))
+
+
+def columns_or_zero(matrix, index, axis):
+    result = np.take(matrix, np.maximum(index, 0), axis=axis)
+    np.moveaxis(result, axis, 0)[index < 0] = 0
+    return result
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 24), (8, 16), (3, 96), (2, 32)])
+@pytest.mark.parametrize("rows", [
+    [*range(32, 64), *range(64)],  # whole words
+    [*range(10, 42), *[-1] * 5, *range(90, 96), 3],  # anything
+    [*[-1] * 32, *range(64, 96)],  # an empty head
+    [*range(64, 96), *[-1] * 32],
+])  # fmt: skip
+def test_cuts_are_exact(zeros, bits, group_size, rows):
+    rng = np.random.default_rng(bits)
+    q, groups = rng.integers(0, 2**bits, (96, 20)), 96 // group_size
+    zero = rng.integers(0, 2**bits, (groups, 20)) if zeros else None
+    weight = layout.from_integers(
+        q, rng.normal(size=(groups, 20)).astype(np.float16), zero, bits=bits, group_size=group_size
+    )
+    dense, rows = dequantize(weight), np.asarray(rows)
+    cut = take_rows(weight, rows, common_group_size(rows[None], group_size))
+    assert cut.scales.shape[0] == cut.groups
+    np.testing.assert_array_equal(dequantize(cut), columns_or_zero(dense, rows, 0))
+    columns = np.array([3, 4, -1, 19, 0])
+    np.testing.assert_array_equal(dequantize(take_columns(weight, columns)), columns_or_zero(dense, columns, 1))
+    table = DenseTensor(rng.normal(size=(20, 96)), "float64", 96)
+    np.testing.assert_array_equal(take_rows(table, rows).data.T, columns_or_zero(table.data.T, rows, 0))
+    np.testing.assert_array_equal(take_columns(table, columns).data.T, columns_or_zero(table.data.T, columns, 1))
+    np.testing.assert_array_equal(take_bias(np.arange(20), columns), [3, 4, 0, 19, 0])
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [
+    dict(),
+    dict(repetition_penalty=1.5),
+    dict(do_sample=True),
+    dict(do_sample=True, top_k=7),
+    dict(do_sample=True, top_p=0.8, temperature=0.5),
+    dict(do_sample=True, min_p=0.1, top_k=1000),
+], ids=str)  # fmt: skip
+def test_sampling_from_a_split_vocabulary(settings):
+    """60 ids on 8 devices, eight each: the last has four, the rest of it is no id."""
+    rng, B, V = np.random.default_rng(1), 64, 60
+    vocabulary = Vocabulary("model", V, 8)
+    logits = rng.normal(size=(B, V)).astype(np.float32)
+    logits[:, 40] = logits[:, 12]  # ties go to the lowest id
+    logits[0, [12, 40]] = 9
+    seen = rng.random((B, V)) < 0.2
+    step = np.arange(B, dtype=np.int32)
+    numbers, filters = device_sampler(SamplingConfig(**settings), np.arange(B) % 5)
+    want = sample(logits, seen, step, numbers, filters, WHOLE)
+    lowest = np.full((B, 64 - V), np.finfo(np.float32).min, np.float32)
+    padded = np.concatenate([logits, lowest], axis=1), np.pad(seen, ((0, 0), (0, 64 - V)))
+
+    def local(logits, seen, step):
+        token = sample(logits, seen, step, numbers, filters, vocabulary)
+        return token, vocabulary.at(logits, token), vocabulary.mark(seen, token)
+
+    split = jax.shard_map(
+        local,
+        mesh=make_mesh(1, 8, AxisType.Auto),
+        in_specs=(P(None, "model"), P(None, "model"), P()),
+        out_specs=(P(), P(), P(None, "model")),
+        check_vma=False,
+    )
+    token, logit, marked = jax.jit(split)(*padded, step)
+    np.testing.assert_array_equal(token, want)
+    np.testing.assert_array_equal(logit, logits[step, want])
+    seen[step, want] = True
+    np.testing.assert_array_equal(np.asarray(marked)[:, :V], seen)
+    assert len(np.unique(want)) > 10
