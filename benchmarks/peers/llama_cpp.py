@@ -38,7 +38,7 @@ class LlamaCpp:
 
         self.api = llama_cpp
         self.model = llama_cpp.Llama(
-            str(path), n_ctx=ROOM, n_threads=threads, n_threads_batch=threads, n_batch=512, n_ubatch=512, verbose=False
+            str(path), n_ctx=ROOM, n_threads=threads, n_threads_batch=threads, n_batch=ROOM, n_ubatch=512, verbose=False
         )
         self.context = self.model.ctx
         self.vocabulary = self.model.n_vocab()
