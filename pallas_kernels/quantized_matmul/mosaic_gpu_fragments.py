@@ -257,7 +257,7 @@ def load_global(ref: ir.Value, index: ir.Value, dtype: str) -> ir.Value:
 
 
 def store_row(ref: ir.Value, row: ir.Value, column: ir.Value, words, columns: int) -> None:
-    """Stores 16-bit numbers, two a word, side by side in row `row` of a [.., columns] ref; past the last are left out."""
+    """Stores 16-bit numbers, two a word, side by side in one row of a [.., columns] ref; none past the last."""
     i16, i64 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(64)
     index = arith.addi(
         arith.muli(arith.extui(i64, row), utils.c(columns, i64)), arith.extui(i64, column)
@@ -273,3 +273,25 @@ def store_row(ref: ir.Value, row: ir.Value, column: ir.Value, words, columns: in
         inside = arith.cmpi(arith.CmpIPredicate.ult, arith.addi(column, i32(place)), i32(columns))
         with utils.when(inside):
             llvm.store(value, global_pointer(ref, arith.addi(index, utils.c(place, i64)), i16))
+
+
+def store_floats(ref: ir.Value, row: ir.Value, column: ir.Value, values, columns: int) -> None:
+    """Stores four float32 side by side in row `row` of a [.., columns] ref; those past the last column are left out."""
+    i64 = ir.IntegerType.get_signless(64)
+    index = arith.addi(arith.muli(arith.extui(i64, row), utils.c(columns, i64)), arith.extui(i64, column))
+    if columns % 4 == 0:
+        pointer = global_pointer(ref, index, f32_type())
+        utils.inline_ptx(
+            "st.global.v4.f32 [$0], {$1, $2, $3, $4};", pointer, *values, has_side_effects=True
+        )
+        return
+    for place, value in enumerate(values):
+        inside = arith.cmpi(arith.CmpIPredicate.ult, arith.addi(column, i32(place)), i32(columns))
+        with utils.when(inside):
+            llvm.store(value, global_pointer(ref, arith.addi(index, utils.c(place, i64)), f32_type()))
+
+
+def cluster_barrier() -> None:
+    """All threads of a cluster's blocks that have not ended wait for each other."""
+    ptx = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+    utils.inline_ptx(ptx, has_side_effects=True, convergent=True)

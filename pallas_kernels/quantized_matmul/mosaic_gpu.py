@@ -1,0 +1,184 @@
+"""Quantized matmul on Hopper GPUs (Mosaic GPU): which of two kernels runs, and with what tiling.
+
+Up to `mosaic_gpu_small.MAX_ROWS` rows of x: `mosaic_gpu_small`, at the speed of memory. More: `mosaic_gpu_large`, for
+few hundred rows with the matrix's rows split over a cluster. float32 x: one layer at a time dequantized for XLA's dot,
+for tensor cores have no exact form of it. Tilings come from `tuned/<chip>.json` (measured) or are computed from the
+shape; `form` says which.
+"""
+
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
+from pallas_kernels.quantized_matmul import mosaic_gpu_large as large
+from pallas_kernels.quantized_matmul import mosaic_gpu_small as small
+from pallas_kernels.quantized_matmul.shapes import MatmulShape
+from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
+
+LAYOUT = layout.LAYOUT
+prepack = layout.prepack
+unpack = layout.unpack
+
+# wgmma with this register layout exists on compute capability 9.0 alone.
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+MULTIPROCESSORS = 132
+SHARED_BYTES = 227 * 1024
+SMALL_ROWS = 16
+_TUNED = pathlib.Path(__file__).parent / "tuned"
+
+
+def unsupported(shape: MatmulShape, chip: str) -> str | None:
+    """None, or why this kernel cannot run `shape` on `chip`."""
+    if not any(name in chip.split() for name in HOPPER):
+        return f"it needs a Hopper GPU ({', '.join(HOPPER)})"
+    if shape.bits not in (4, 8):
+        return f"it takes 4 or 8 bits, not {shape.bits}"
+    if not (shape.group_size in (32, 64) or shape.group_size % 128 == 0 or shape.group_size >= shape.in_features):
+        return f"it takes groups of 32, 64, a multiple of 128 or all rows, not {shape.group_size}"
+    if shape.layout != LAYOUT:
+        return f"it reads layout {LAYOUT!r}, not {shape.layout!r}: prepack the weight"
+    return None
+
+
+def form(shape: MatmulShape, chip: str) -> str:
+    """How `run` computes `shape` on `chip`."""
+    if shape.dtype == "float32":
+        return "a layer at a time dequantized for a float32 dot"
+    tiling, origin = choose_tiling(shape, chip)
+    kind = "columns whole in a block" if isinstance(tiling, small.Tiling) else "wgmma, weights from registers"
+    return f"{kind}, {tiling}, {origin}"
+
+
+def run(
+    x_MI: jax.Array, weight: QuantizedTensor, layer, bias_O, chip: str, *, portable: bool = False, tiling=None
+) -> jax.Array:
+    """[M, O] in x's dtype; x's columns are already in the order of the stored rows.
+
+    Args:
+        x_MI: [M, in].
+        weight: in layout "mosaic_gpu".
+        layer: None, or which matrix of a stack. A traced index costs a read before the first copy; an int does not.
+        bias_O: [out], added in float32, or None.
+        chip: device kind.
+        portable: plain operations in place of those that the GPU interpreter cannot run.
+        tiling: a tiling of `mosaic_gpu_small` or `mosaic_gpu_large` in place of the chosen one.
+    """
+    dtype = jnp.dtype(x_MI.dtype).name
+    if dtype == "float32":
+        result_MO = jnp.dot(x_MI, dequantize(weight, layer), precision=lax.Precision.HIGHEST)
+        return result_MO if bias_O is None else result_MO + bias_O.astype(jnp.float32)
+    if tiling is None:
+        shape = MatmulShape(
+            rows=x_MI.shape[0],
+            in_features=weight.in_features,
+            out_features=weight.out_features,
+            bits=weight.bits,
+            group_size=weight.group_size,
+            zeros=weight.zeros is not None,
+            dtype=dtype,
+            layout=weight.layout,
+        )
+        tiling, _ = choose_tiling(shape, chip)
+    kernel = small if isinstance(tiling, small.Tiling) else large
+    return kernel.call(x_MI, weight, layer, bias_O, tiling=tiling, portable=portable)
+
+
+def dequantize(weight: QuantizedTensor, layer) -> jax.Array:
+    """[in, out] of one layer in float32, rows in their stored order."""
+
+    def take(array):
+        return array if layer is None else lax.dynamic_index_in_dim(jnp.asarray(array), layer, 0, keepdims=False)
+
+    rows, columns = weight.in_features, weight.out_features
+    values = layout.integers(take(weight.packed), weight.bits)[:rows, :columns].astype(jnp.float32)
+    group = jnp.arange(rows) // weight.group_size
+    zeros = float(2 ** (weight.bits - 1))
+    if weight.zeros is not None:
+        zeros = take(weight.zeros)[group, :columns].astype(jnp.float32)
+    return (values - zeros) * take(weight.scales)[group, :columns].astype(jnp.float32)
+
+
+def choose_tiling(shape: MatmulShape, chip: str) -> tuple[Any, str]:
+    """The tiling for a shape, and where it comes from ("tuned" or "computed")."""
+    return _choose_tiling(shape.rows, shape.in_features, shape.out_features, shape.bits, shape.group_size, chip)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_tiling(rows: int, in_features: int, out_features: int, bits: int, group_size: int, chip: str):
+    entries = _tuned(chip).get(f"{bits} bits, {in_features} x {out_features}", {})
+    # An entry holds for its rows and fewer, down to the next one; padding to 8 rows makes neighbours alike.
+    for limit in sorted(map(int, entries)):
+        if rows <= limit:
+            values = entries[str(limit)]["tiling"]
+            tiling = small.Tiling(*values) if len(values) == 3 else large.Tiling(*values)
+            if _fits(tiling, rows, in_features, out_features, bits, group_size):
+                return tiling, "tuned"
+            break
+    return computed_tiling(rows, in_features, out_features, bits, group_size), "computed"
+
+
+@functools.cache
+def _tuned(chip: str) -> dict:
+    path = _TUNED / f"{chip.replace(' ', '_')}.json"
+    return json.loads(path.read_text())["entries"] if path.is_file() else {}
+
+
+def computed_tiling(rows: int, in_features: int, out_features: int, bits: int, group_size: int):
+    """A tiling from the shape alone: one wave of blocks, as many stages in flight as shared memory holds."""
+    strips = -(-out_features // layout.PADDING) * (layout.PADDING // layout.STRIP)
+    shape = (rows, in_features, out_features, bits, group_size)
+    if rows <= SMALL_ROWS:
+        stages = -(-layout.chunks(in_features) // small.WARPS)
+        most = -(-strips // MULTIPROCESSORS)
+        for count in range(min(most, 16), 0, -1):
+            for warpgroups in (4, 2, 1) if count <= 2 and stages >= 12 else (2, 1):
+                ring = min(3, -(-stages // warpgroups))
+                for slots in range(ring, 0, -1):
+                    tiling = small.Tiling(count, min(warpgroups, stages), slots)
+                    if _fits(tiling, *shape) and (slots > 1 or slots == ring):
+                        return tiling
+        return small.Tiling(1, 1, 1)
+    tiles = (256, 192, 128) if rows > 128 else (-(-rows // 8) * 8 if rows <= 64 else 64,)
+    candidates = [
+        (warpgroups, tile, splits)
+        for tile in tiles
+        for warpgroups in ((1, 2) if tile > 128 else (1, 2, 3))
+        for splits in (1, 2, 4)
+        if splits == 1 or tile <= 128
+    ]
+    for warpgroups, tile, splits in sorted(candidates, key=lambda candidate: _cycles(candidate, shape, strips)):
+        for slots in (8, 7, 6, 5, 4, 3, 2):
+            tiling = large.Tiling(warpgroups, tile, splits, 1, slots, tile <= 64)
+            if _fits(tiling, *shape):
+                return tiling
+    return large.Tiling(1, 64, 1, 1, 2, True)
+
+
+def _cycles(candidate: tuple[int, int, int], shape: tuple[int, ...], strips: int) -> float:
+    """Estimated time of `mosaic_gpu_large` in cycles; constants from measurements on an H100."""
+    (warpgroups, tile, splits), (rows, in_features, out_features, _, _) = candidate, shape
+    blocks = -(-strips // (large.STRIPS * warpgroups)) * -(-rows // tile) * splits
+    chunks = -(-layout.chunks(in_features) // splits)
+    # wgmma of 64 columns by `tile` rows by 128: 4 cycles a row; 500 cycles a chunk do not overlap.
+    cycles = -(-blocks // MULTIPROCESSORS) * chunks * (4 * tile * warpgroups + 500)
+    if splits == 2:
+        cycles += 3500
+    elif splits > 2:  # one more launch, and float32 parts written and read
+        cycles += 4500 + splits * rows * out_features * 8 / 1700
+    return cycles
+
+
+def _fits(tiling, rows: int, in_features: int, out_features: int, bits: int, group_size: int) -> bool:
+    """Whether a block's shared memory suffices (zero-points and float16 or bfloat16 scales counted)."""
+    strips = -(-out_features // layout.PADDING) * (layout.PADDING // layout.STRIP)
+    common = (rows, in_features, out_features, bits, group_size, False, None, "bfloat16", "bfloat16", False, None)
+    if isinstance(tiling, small.Tiling):
+        return small.shared_bytes(small.Problem(*common, False, strips, tiling)) <= SHARED_BYTES
+    tiling = large.fitted(tiling, strips, layout.chunks(in_features), group_size)
+    return large.staging_fits(tiling) and large.shared_bytes(large.Problem(*common, strips, tiling)) <= SHARED_BYTES
