@@ -7,8 +7,7 @@ import dataclasses
 import functools
 import logging
 
-import jax
-
+from pallas_kernels.chip import default_chip
 from pallas_kernels.kv_attention import xla
 from pallas_kernels.kv_attention.tensor import KVArrays
 
@@ -65,7 +64,7 @@ def choose(shape: AttentionShape, chip: str, kernels: str = "auto") -> Choice:
 def _kernel(kv: KVArrays, heads: int, dtype, kernels: str):
     _, slots, kv_heads, length, head_dim = kv.keys.shape
     shape = AttentionShape(slots, heads, kv_heads, head_dim, length, kv.quantized, str(dtype))
-    return KERNELS[choose(shape, jax.devices()[0].device_kind, kernels).name]
+    return KERNELS[choose(shape, default_chip(), kernels).name]
 
 
 def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, *, heads: int, kernels: str = "auto") -> KVArrays:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.quantized_matmul import xla
+from pallas_kernels.chip import default_chip
+from pallas_kernels.quantized_matmul import mosaic_tpu, xla
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 #       is gathered before), layer is None or an index into the stack (an int or a traced int32), bias_O is added in
 #       float32
 #   and, where it wants a layout of its own: LAYOUT (its name), prepack(weight) and unpack(weight), exact inverses.
-KERNELS: dict[str, Any] = {"xla": xla}
+KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu, "xla": xla}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +140,6 @@ def _shape(rows: int, dtype: str, weight: QuantizedTensor) -> MatmulShape:
         layout=weight.layout,
         layers=weight.stack[0] if weight.stack else 0,
     )
-
-
-def default_chip() -> str:
-    """`device_kind` of JAX's default device."""
-    device = jax.config.jax_default_device
-    return (device if isinstance(device, jax.Device) else jax.devices(device)[0]).device_kind
 
 
 @functools.cache
