@@ -45,17 +45,19 @@ class Moments:
             self._outputs = _add_product(self._outputs, x_BTI, missing_y_BTO, mask_BT)
         self.tokens += int(np.asarray(mask_BT).sum())
 
-    def hessian(self):
-        """float32 [in, in]."""
-        return _mirrored(self._square) / max(self.tokens, 1)
+    def hessian(self, device: jax.Device | None = None):
+        """float32 [in, in], on one device."""
+        return _mirrored(jax.device_put(self._square, device)) / max(self.tokens, 1)
 
-    def cross(self, weight_IO):
-        """Mean of x · (missing_x · W + missing_y)ᵀ, float32 [in, out]; None if nothing was missing."""
+    def cross(self, weight_IO, device: jax.Device | None = None):
+        """Mean of x · (missing_x · W + missing_y)ᵀ, float32 [in, out], on one device; None if nothing was missing."""
         total_IO = None
         if self._inputs is not None:
-            total_IO = jnp.dot(self._inputs, jnp.asarray(weight_IO, jnp.float32), precision=PRECISION)
+            inputs_II = jax.device_put(self._inputs, device)
+            total_IO = jnp.dot(inputs_II, jnp.asarray(weight_IO, jnp.float32), precision=PRECISION)
         if self._outputs is not None:
-            total_IO = self._outputs if total_IO is None else total_IO + self._outputs
+            outputs_IO = jax.device_put(self._outputs, device)
+            total_IO = outputs_IO if total_IO is None else total_IO + outputs_IO
         return None if total_IO is None else total_IO / max(self.tokens, 1)
 
 

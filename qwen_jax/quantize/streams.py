@@ -16,6 +16,7 @@ import numpy as np
 from converters import names
 from converters.huggingface import Checkpoint
 from pallas_kernels.quantized_matmul import QuantizedTensor
+from pallas_kernels.quantized_matmul.reference import dequantize
 from qwen_jax.linear import RMSNorm
 from qwen_jax.quantize.activations import ActivationStore
 from qwen_jax.quantize.gptq import QuantizedMatrix, quantize_matrix
@@ -119,9 +120,15 @@ class Streams:
 
     def replay_layer(self, number: int, tensors: dict[str, QuantizedTensor]) -> None:
         """Moves both streams behind a layer that was quantized before."""
-        for _ in self._steps(
-            number, lambda layer, number, paths, moments, start: self._replay(layer, paths, tensors), False
-        ):
+
+        def solve(layer, number, paths, moments, start):
+            del number, moments, start
+            for path in paths:
+                if path in tensors:
+                    layer.replace(path, self._replicate(dequantize(tensors[path], np.float32)))
+                    yield path, tensors[path]
+
+        for _ in self._steps(number, solve, measure=False):
             pass
 
     def quantize_head(self) -> QuantizedTensor | None:
@@ -139,7 +146,7 @@ class Streams:
             missing_BTI = normed(norm, self._get("float_hidden", b)) - x_BTI if self.propagate else None
             moments.add(x_BTI, self._put(batch.mask_BT), missing_BTI)
         head_OI = self.checkpoint.read("lm_head").weight.data
-        hessian_II, results = jax.device_put(moments.hessian(), self._first), []
+        hessian_II, results = moments.hessian(self._first), []
         for first in range(0, len(head_OI), HEAD_SLICE):
             weight_IO = np.ascontiguousarray(head_OI[first : first + HEAD_SLICE].astype(np.float32).T)
             results.append(self._solve(weight_IO, hessian_II, matrix, moments, "lm_head"))
@@ -241,7 +248,7 @@ class Streams:
         """Quantizes the modules of a step, those with the same settings as one matrix."""
         if moments is None:
             return
-        hessian_II = jax.device_put(moments.hessian(), self._first)
+        hessian_II = moments.hessian(self._first)
         alike: dict[object, list[str]] = {}
         for path in paths:
             if (matrix := self._settings(number, path)) is not None:
@@ -258,9 +265,9 @@ class Streams:
                 yield path, tensor
 
     def _solve(self, weight_IO, hessian_II, matrix, moments: Moments, where: str) -> QuantizedMatrix:
-        cross_IO = moments.cross(weight_IO)
+        cross_IO = moments.cross(weight_IO, self._first)
         if cross_IO is not None:
-            cross_IO = jax.device_put(cross_IO, self._first) * self.settings.propagation
+            cross_IO = cross_IO * self.settings.propagation
         return quantize_matrix(weight_IO, hessian_II, matrix, cross_IO=cross_IO, where=where)
 
     def _settings(self, number: int, path: str):

@@ -109,9 +109,7 @@ def test_the_papers_numbers_whatever_the_block_size(settings, block):
     assert (np.abs(got_IO - want_IO).max(0) < 1e-6).mean() > 0.85
     assert loss(got_IO, weight_IO, x_TI) == pytest.approx(loss(want_IO, weight_IO, x_TI), rel=0.02)
     np.testing.assert_allclose(np.asarray(got.weight_IO), got_IO, atol=1e-6)
-    assert got.error == pytest.approx(
-        loss(got_IO, weight_IO, x_TI) / np.linalg.norm(x_TI @ weight_IO) ** 2, rel=1e-3
-    )
+    assert got.error == pytest.approx(loss(got_IO, weight_IO, x_TI) / np.linalg.norm(x_TI @ weight_IO) ** 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("search", [False, True])
@@ -144,7 +142,8 @@ def test_scale_search_and_order_pay():
 def test_act_order_groups_follow_the_order_unless_static():
     _, weight_IO, hessian_II = correlated()
     dynamic = quantize_matrix(weight_IO, hessian_II, MatrixSettings(4, 32, order="activation")).tensor
-    static = quantize_matrix(weight_IO, hessian_II, MatrixSettings(4, 32, order="activation", static_groups=True)).tensor
+    settings = MatrixSettings(4, 32, order="activation", static_groups=True)
+    static = quantize_matrix(weight_IO, hessian_II, settings).tensor
     np.testing.assert_array_equal(dynamic.permutation, np.argsort(-np.diagonal(hessian_II), kind="stable"))
     assert static.permutation is None
     assert quantize_matrix(weight_IO, hessian_II, MatrixSettings(4, 32, order="group_aware")).tensor.permutation is None
