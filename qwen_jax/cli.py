@@ -9,7 +9,7 @@ import typer
 
 from . import __version__
 
-COMMANDS = ("demo", "chat", "generate", "convert", "info", "bench")  # in the order of --help
+COMMANDS = ("demo", "chat", "generate", "convert", "quantize", "eval", "info", "bench")  # in the order of --help
 
 
 def build(names=COMMANDS) -> typer.Typer:
