@@ -224,13 +224,15 @@ class QwenForCausalLM:
         ids_BT, lengths_B, _ = align(input_ids, attention_mask, self.config.vocab_size)
         sampling = self._sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty)
         stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-        if stop_strings and tokenizer is None:
-            raise ValueError("stop_strings: a tokenizer is needed to find them in the text; give tokenizer=.")
         B = len(lengths_B)
+        texts = None
+        if stop_strings:
+            if tokenizer is None:
+                raise ValueError("stop_strings: a tokenizer is needed to find them in the text; give tokenizer=.")
+            texts = [TextStream(tokenizer, stop_strings) for _ in range(B)]
         stop_ids, pad_id = self._stops(eos_token_id, pad_token_id)
         tokens: list[list[int]] = [[] for _ in range(B)]
         scores: list[list[float]] = [[] for _ in range(B)]
-        texts = [TextStream(tokenizer, stop_strings) for _ in range(B)] if stop_strings else None
         for part in self._stream(
             ids_BT, lengths_B, sampling, seed, stop_ids, pad_id, max_new_tokens, logprobs=logprobs, chunk=chunk
         ):
@@ -240,7 +242,7 @@ class QwenForCausalLM:
                 kept = part.kept_BN[row]
                 new = part.tokens_BN[row][kept].tolist()
                 tokens[row] += new
-                if logprobs:
+                if part.logprobs_BN is not None:
                     scores[row] += part.logprobs_BN[row][kept].tolist()
                 if texts:
                     texts[row].push(new)

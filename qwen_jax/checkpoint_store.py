@@ -1,6 +1,7 @@
 """Where a model's parameters lie: a Hub id, a Hugging Face folder, or our own Orbax folder; and `convert`."""
 
 from pathlib import Path
+from typing import cast
 
 import jax
 
@@ -56,7 +57,7 @@ def open_weights(folder: Path, *, dtype: str, kernels: str, lm_head: str | None 
         weights = OrbaxWeights(folder, dtype=dtype, kernels=kernels)
     else:
         weights = CheckpointWeights(Checkpoint(folder), dtype=dtype, kernels=kernels)
-    return Int8Head(weights, kernels) if lm_head == "int8" else weights
+    return cast(Weights, Int8Head(weights, kernels)) if lm_head == "int8" else weights
 
 
 def convert(source: str | Path, target: str | Path) -> None:

@@ -41,11 +41,13 @@ class Linear(nnx.Module):
 
     def lookup(self, ids):
         """int [...] → [..., in]: columns of a single matrix, as the token table's."""
+        assert isinstance(self.weight, DenseTensor)  # tables are never quantized
         return embedding_lookup(self.weight, ids)
 
     def _multiply(self, x, layer, bias_O=None):
-        matmul = quantized_matmul if isinstance(self.weight, QuantizedTensor) else dense_matmul
-        return matmul(x, self.weight, layer=layer, bias_O=bias_O, kernels=self.kernels)
+        if isinstance(self.weight, QuantizedTensor):
+            return quantized_matmul(x, self.weight, layer=layer, bias_O=bias_O, kernels=self.kernels)
+        return dense_matmul(x, self.weight, layer=layer, bias_O=bias_O, kernels=self.kernels)
 
 
 class FusedLinear(nnx.Module):

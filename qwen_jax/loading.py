@@ -6,6 +6,7 @@ the host holds one module beside what the file system caches.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +177,8 @@ class Stack:
     """Alike matrices collected along a leading axis, on the device, allocated once."""
 
     def __init__(self, count: int):
-        self.count, self.value = count, None
+        self.count = count
+        self.value: Any = None
 
     def put(self, index: int, tensor):
         if self.value is None:

@@ -4,7 +4,7 @@ Layers that are alike form a block: their parameters are stacked and a scan walk
 know how a weight is stored (`linear.py`), where it comes from (`weights`, see `loading.py`) or how a cache is packed.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,15 @@ from qwen_jax.rotary import Rotary, rotate
 class Weights(Protocol):
     """Where parameters come from: a checkpoint, random numbers, or shapes alone."""
 
+    config: ModelConfig
+
     def blocks(self) -> list[range]:
         """Runs of consecutive layers whose parameters are alike."""
         ...
 
-    def fused(self, path: str, outputs: dict[str, int], layers: range, axes, separate_bias: str | None = None):
+    def fused(
+        self, path: str, outputs: dict[str, int], layers: range, axes, separate_bias: str | None = None
+    ) -> tuple[FusedLinear, Any]:
         """(FusedLinear over `outputs`, the bias kept apart [n, width] or None)."""
         ...
 
@@ -88,7 +92,7 @@ class Attention(nnx.Module):
         query_BTHK = query.reshape(B, T, self.heads, self.head_dim)
         key_BTGK = key.reshape(B, T, self.kv_heads, self.head_dim)
         value_BTGK = value.reshape(B, T, self.kv_heads, self.head_dim)
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             query_BTHK = self.query_norm(query_BTHK, layer)
             key_BTGK = self.key_norm(key_BTGK, layer)
         query_BTHK = rotate(query_BTHK, step.rotary)
@@ -184,7 +188,8 @@ class Decoder(nnx.Module):
             else:
 
                 def body(carry, layer, block=block):
-                    return block(*carry[:1], step, carry[1], layer), None
+                    hidden_BTD, kv = carry
+                    return block(hidden_BTD, step, kv, layer), None
 
                 (hidden_BTD, kv), _ = lax.scan(body, (hidden_BTD, kv), jnp.arange(block.count))
         return self.final_norm(hidden_BTD), kv

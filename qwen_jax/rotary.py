@@ -40,7 +40,8 @@ def dynamic_ntk_alpha(lengths_B, seq_length: int):
     It is chosen by the prompt's length at prefill and kept while decoding, as in Qwen's modeling_qwen.py.
     """
     # Counted in integers: a float32 log2 of an exact power of two may round up and double the stretch.
-    doublings_B = sum((lengths_B > seq_length * 2**power).astype(jnp.int32) for power in range(16))
+    zero = jnp.zeros((), jnp.int32)
+    doublings_B = sum(((lengths_B > seq_length * 2**power).astype(jnp.int32) for power in range(16)), zero)
     return jnp.exp2(doublings_B.astype(jnp.float32) + 1.0) - 1.0
 
 
