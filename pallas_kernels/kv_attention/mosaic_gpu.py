@@ -1,11 +1,15 @@
-"""Decode attention on Hopper and newer NVIDIA GPUs: one Pallas Mosaic GPU kernel a layer.
+"""Decode attention on Hopper GPUs: one Pallas Mosaic GPU kernel a layer, over the 8-bit and the 16-bit cache.
 
-The tiles of all slots and heads, counted by the lengths on the device, form one list that the resident blocks share
-evenly; a block walks its part with a ring of TMA copies running ahead over the borders of slots and heads. An item (slot
-and key/value head) that lies in several parts is merged by the last block to finish one, in a fixed order.
+A block walks its part of the list of tiles (`mosaic_gpu_schedule`) with a ring of TMA copies that runs ahead over the
+borders of slots and heads; each byte of the cache is read once. An item (slot and key/value head) that lies in several
+parts is merged by the last block to finish one (`mosaic_gpu_merge`). Arithmetic: `mosaic_gpu_tile`.
 """
 
 import dataclasses
+import functools
+import json
+import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +17,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.kv_attention import mosaic_gpu_tile as tiles
+from pallas_kernels.kv_attention import mosaic_gpu_append
+from pallas_kernels.kv_attention.mosaic_gpu_fragments import TileShape, cache_transforms
 from pallas_kernels.kv_attention.mosaic_gpu_merge import FastMerge
 from pallas_kernels.kv_attention.mosaic_gpu_schedule import Schedule
 from pallas_kernels.kv_attention.tensor import KVArrays
 
-HOPPER_AND_NEWER = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300", "GB200", "GB300")
+append = mosaic_gpu_append.append
+CHIPS = ("H100", "H200", "H800", "H20", "GH200")  # tensor memory access and 227 KB of shared memory a block
+MULTIPROCESSORS = 132  # of an H100 SXM; a chip with others only divides its work less evenly
+SHARED_BYTES = 227 * 1024  # a multiprocessor's, of which each block takes 1 KB beside its own
+SCALES = ("key_scales", "key_minimums", "value_scales", "value_minimums")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +37,84 @@ class Plan:
     Attributes:
         blocks: 16-token blocks a warp; a tile is 64 times as many tokens.
         stages: tiles in flight a block.
-        workers: blocks of the grid: multiprocessors times blocks that fit on one.
+        workers: blocks of the grid.
     """
 
-    blocks: int = 1
-    stages: int = 4
-    workers: int = 264
+    blocks: int
+    stages: int
+    workers: int
 
 
-def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=None, interpret=None, whole=True):
+def unsupported(shape, chip: str) -> str | None:
+    """None, or one sentence why this kernel cannot run an `op.AttentionShape` on a chip."""
+    share = shape.heads // shape.kv_heads
+    if not any(name in chip for name in CHIPS):
+        return f"it is written for Hopper GPUs ({', '.join(CHIPS)}), not for {chip}."
+    if shape.dtype not in ("bfloat16", "float16"):
+        return f"its queries are bfloat16 or float16, not {shape.dtype}."
+    if shape.heads % shape.kv_heads or share > 8:
+        return f"it takes 1 to 8 query heads a key/value head, not {shape.heads} for {shape.kv_heads}."
+    if shape.head_dim % 32 or shape.head_dim > 128:
+        return f"its head sizes are 32, 64, 96 and 128, not {shape.head_dim}."
+    if shape.quantized and shape.length % 8:
+        return f"an 8-bit cache's length must be a multiple of 8 (alignment of its scales), not {shape.length}."
+    if not Schedule(shape.slots, shape.kv_heads, shape.length, 64, 4 * MULTIPROCESSORS, None).fits:
+        return (
+            f"{shape.slots} slots of {shape.length} tokens and {shape.kv_heads} heads overflow its 32-bit tile count."
+        )
+    return None
+
+
+@functools.cache
+def tuned() -> list[dict]:
+    """The searched table, best match first: see `plan_for`."""
+    return json.loads((pathlib.Path(__file__).parent / "tuned" / "mosaic_gpu.json").read_text())["plans"]
+
+
+@functools.cache
+def plan_for(slots: int, kv_heads: int, length: int, share: int, head_dim: int, quantized: bool, biased: bool) -> Plan:
+    """Tile, ring and grid for a shape: the first entry of the tuned table that matches, its stages cut to what fits.
+
+    The grid is what `_microseconds` says is fastest with every slot full, up to the tuned number of blocks resident.
+    """
+    facts = dict(share=share, head_dim=head_dim, quantized=quantized, biased=biased)
+    entry = next(row for row in tuned() if all(_matches(facts[name], rule) for name, rule in row["when"].items()))
+    blocks, stages, resident = (entry[name] for name in ("blocks", "stages", "blocks_a_multiprocessor"))
+    shape = TileShape(head_dim, share, blocks, quantized, "bfloat16", 1.0, "bfloat16" if biased else None)
+    while resident * (shared_bytes(shape, stages) + 1024) > SHARED_BYTES:
+        stages, resident = (stages - 1, resident) if stages > 2 or resident == 1 else (stages, resident - 1)
+    items, tiles = slots * kv_heads, math.ceil(length / shape.tokens)
+    most = min(resident * MULTIPROCESSORS, items * tiles)
+    workers = min(range(1, most + 1), key=lambda workers: _microseconds(shape, items, tiles, workers))
+    return Plan(blocks, stages, workers)
+
+
+def _microseconds(shape: TileShape, items: int, tiles: int, workers: int) -> float:
+    """A rough model, fitted to an H100: memory or one block's pace, then what starting and merging segments costs.
+
+    With equal lengths W blocks and n items make W + n − gcd(W, n) segments; items lie whole in blocks if W divides n.
+    """
+    memory = items * tiles * 2 * shape.tokens * shape.head_dim * shape.itemsize / 2.8e6
+    memory *= 1 + 0.3 * max(0, 1 - workers / MULTIPROCESSORS)
+    stream = max(memory, -(-items * tiles // workers) * 1.0 * shape.blocks)
+    segments = (workers + items - math.gcd(workers, items)) / workers
+    merging = 1.5 + 0.8 * math.ceil(workers / items / 8) if items % workers else 0.0
+    return stream + 1.5 * segments + merging
+
+
+def _matches(value, rule) -> bool:
+    return rule[0] <= value <= rule[1] if isinstance(rule, list) else value == rule
+
+
+def shared_bytes(shape: TileShape, stages: int) -> int:
+    """Shared memory of a block."""
+    stage = 2 * shape.tokens * shape.head_dim * shape.itemsize + 2 * shape.share * shape.head_dim
+    stage += 8 * shape.tokens * shape.quantized + 4 * shape.head_dim * (shape.bias_dtype is not None)
+    turned = 4 * shape.share * shape.head_dim * (shape.bias_dtype is not None)
+    return stages * stage + turned + 4 * shape.scratch + 1024
+
+
+def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmetic=None, interpret=None, whole=True):
     """The kernel as a function of arrays.
 
     Args:
@@ -45,68 +123,69 @@ def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=N
         dims: (B, G, S).
         window: sliding window, or None.
         table_slots: leading size of the rotary tables (1 or B); 0 without a key bias.
-        merge: the arithmetic, `FastMerge` by default; a portable one under the interpreter.
+        arithmetic: the seam: `FastMerge`, or a portable twin under the interpreter.
         interpret: interpreter parameters.
-        whole: the last block merges an item. Without it (under the interpreter, which has no atomics) slices stay.
+        whole: whether the last block merges an item; otherwise (the interpreter has no atomics) its slices stay.
 
     Returns:
-        f(query, keys, values, scales, lengths, layer, counters, bias) → (out, partial, statistics).
+        f(query [B, G, share, K], keys, values, scales (4 or none), lengths [B], layer [1], counters [B·G] of zeros,
+        bias (bias_GK, cos, sin) or none) → (out [B·H, K], partial [W + B·G, share, K], statistics [W + B·G, share, 2]).
+        Item i's slice of block w lies at w + i.
     """
-    merge = merge or FastMerge(shape)
+    arithmetic = arithmetic or FastMerge(shape)
     slots, kv_heads, length = dims
     schedule = Schedule(slots, kv_heads, length, shape.tokens, plan.workers, window)
-    items, tokens, share, K = slots * kv_heads, shape.tokens, shape.share, shape.head_dim
-    scaled, biased, workers, stages = shape.quantized, shape.bias_dtype is not None, plan.workers, plan.stages
+    items, tokens, share, K, stages = slots * kv_heads, shape.tokens, shape.share, shape.head_dim, plan.stages
+    biased = shape.bias_dtype is not None
+    names = SCALES if shape.quantized else ()
 
     def body(query, keys, values, scales, lengths, layer, counters, bias, out, partial, statistics, smem, barriers):
-        worker = lax.axis_index("worker")
-        layer = layer[0]
-        total, slot, before = merge.locate(schedule, lengths, worker)
+        worker, layer = lax.axis_index("worker"), layer[0]
+        total, slot, before = arithmetic.locate(schedule, lengths, worker)
         begin = schedule.first_of(worker, total)
         todo = schedule.first_of(worker + 1, total) - begin
         count, first = schedule.tiles_of(lengths, slot)
         cursor = (slot, (begin - before) // count, (begin - before) % count, count, first)
 
-        def issue(stage, cursor):
+        def copy(stage, cursor):
             slot, head, tile, _, first = cursor
-            row = pl.ds((tile + first) * tokens, tokens)
-            barrier = barriers.at[stage]
-            plgpu.copy_gmem_to_smem(keys.at[layer, slot, head, row], smem["keys"].at[stage], barrier)
-            plgpu.copy_gmem_to_smem(values.at[layer, slot, head, row], smem["values"].at[stage], barrier)
-            for source, name in zip(scales, ("key_scales", "key_minimums", "value_scales", "value_minimums")):
-                plgpu.copy_gmem_to_smem(source.at[layer, slot, head, row], smem[name].at[stage], barrier)
+            row, barrier = (tile + first) * tokens, barriers.at[stage]
+            cached = ((keys, "keys"), (values, "values"), *zip(scales, names, strict=True))
+            for source, name in cached:
+                where = source.at[layer, slot, head, pl.ds(row, tokens)]
+                plgpu.copy_gmem_to_smem(where, smem[name].at[stage], barrier)
             plgpu.copy_gmem_to_smem(query.at[slot, head], smem["query"].at[stage], barrier)
             if biased:
                 table = slot if table_slots > 1 else 0
-                for source, name in zip(bias[1:], ("cos", "sin")):
-                    plgpu.copy_gmem_to_smem(source.at[table, (tile + first) * tokens], smem[name].at[stage], barrier)
+                for source, name in zip(bias[1:], ("cos", "sin"), strict=True):
+                    plgpu.copy_gmem_to_smem(source.at[table, row], smem[name].at[stage], barrier)
+
+        def issue(stage, cursor):
+            @plgpu.warp_map  # the other warps skip the copies' address arithmetic
+            def _(warp):
+                pl.when(warp == 0)(functools.partial(copy, stage, cursor))
 
         ahead = cursor
         for stage in range(stages):
-
-            @pl.when(stage < todo)
-            def _(ahead=ahead, stage=stage):
-                issue(stage, ahead)
-
+            pl.when(stage < todo)(functools.partial(issue, stage, ahead))
             ahead = schedule.advance(lengths, ahead)
-        if biased and table_slots == 1:
-            merge.build_table(bias[1], bias[2], jnp.int32(0), smem["table"])
+        zero = jnp.int32(0)
+        shared_table = arithmetic.table(*bias[1:], zero) if biased and table_slots == 1 else None
 
         def segment(carry):
             done, cursor, ahead = carry
             slot, head, tile, count, first = cursor
             run = jnp.minimum(count - tile, todo - done)
-            stage = done % stages
-            plgpu.barrier_wait(barriers.at[stage])
-            table = slot if table_slots > 1 else jnp.int32(0)
-            start_bias = None
+            plgpu.barrier_wait(barriers.at[done % stages])
+            start_bias, table = None, shared_table
             if biased:
+                table_slot = slot if table_slots > 1 else zero
                 if table_slots > 1:
-                    merge.build_table(bias[1], bias[2], table, smem["table"])
-                start_bias = (bias[0], head, bias[1], bias[2], table, smem["turned"])
-            setup, state = merge.start(smem["query"].at[stage], start_bias)
+                    table = arithmetic.table(*bias[1:], slot)
+                start_bias = (bias[0], head, *bias[1:], table_slot, smem["turned"])
+            setup, state = arithmetic.start(smem["query"].at[done % stages], start_bias)
             valid = jnp.clip(lengths[slot], 1, length)
-            oldest = jnp.int32(0) if window is None else valid - window
+            oldest = zero if window is None else valid - window
 
             def step(index, carry):
                 state, ahead = carry
@@ -117,12 +196,11 @@ def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=N
                     plgpu.barrier_wait(barriers.at[stage])
 
                 base = (tile + index + first) * tokens
-                names = ("key_scales", "key_minimums", "value_scales", "value_minimums") if scaled else ()
                 tile_bias = None
                 if biased:
-                    tile_bias = [smem[name].at[stage] for name in ("cos", "sin")]
-                    tile_bias += [smem[name] for name in ("turned", "table", "scratch")]
-                state = merge.tile(
+                    tile_bias = (table, *(smem[name].at[stage] for name in ("cos", "sin")))
+                    tile_bias += (smem["turned"], smem["scratch"])
+                state = arithmetic.tile(
                     setup,
                     state,
                     smem["keys"].at[stage],
@@ -132,18 +210,13 @@ def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=N
                     valid - base,
                     tile_bias,
                 )
-                plgpu.commit_smem()
-
-                @pl.when(done + index + stages < todo)
-                def _():
-                    issue(stage, ahead)
-
+                plgpu.commit_smem()  # all warps have read the stage before it is filled again
+                pl.when(done + index + stages < todo)(functools.partial(issue, stage, ahead))
                 return state, schedule.advance(lengths, ahead)
 
             state, ahead = lax.fori_loop(0, run, step, (state, ahead))
-            item = slot * kv_heads + head
-            complete = run == count
-            merge.finish(
+            item, complete = slot * kv_heads + head, run == count
+            arithmetic.finish(
                 state,
                 smem["scratch"],
                 out,
@@ -159,50 +232,43 @@ def build(shape: tiles.TileShape, plan: Plan, dims, window, table_slots, merge=N
                 def _():
                     start = begin + done - tile
                     low, high = schedule.worker_of(start, total), schedule.worker_of(start + count - 1, total)
-                    last = merge.arrive(counters, item, high - low + 1, smem["scratch"])
+                    parts = high - low + 1
+                    last = arithmetic.arrive(counters, item, parts, smem["scratch"])
 
                     @pl.when(last == 1)
                     def _():
-                        merge.combine(
-                            out, partial, statistics, row=item * share, first=low + item, count=high - low + 1
-                        )
+                        arithmetic.combine(out, partial, statistics, row=item * share, first=low + item, count=parts)
 
-            after = (slot, head, tile + run - 1, count, first)
-            return done + run, schedule.advance(lengths, after), ahead
+            after = schedule.advance(lengths, (slot, head, tile + run - 1, count, first))
+            return done + run, after, ahead
 
-        lax.while_loop(lambda carry: carry[0] < todo, segment, (jnp.int32(0), cursor, ahead))
+        lax.while_loop(lambda carry: carry[0] < todo, segment, (zero, cursor, ahead))
 
     cache = jnp.uint8 if shape.quantized else jnp.dtype(shape.dtype)
-    smem = {
-        "keys": plgpu.SMEM((stages, tokens, K), cache, transforms=tiles.cache_transforms(shape)),
-        "values": plgpu.SMEM((stages, tokens, K), cache, transforms=tiles.cache_transforms(shape)),
-        "query": plgpu.SMEM((stages, share, K), jnp.dtype(shape.dtype)),
-        "scratch": plgpu.SMEM((shape.scratch,), jnp.float32),
-    }
-    if scaled:
-        for name in ("key_scales", "key_minimums", "value_scales", "value_minimums"):
-            smem[name] = plgpu.SMEM((stages, tokens), jnp.float16)
+    smem = {name: plgpu.SMEM((stages, tokens), jnp.float16) for name in names}
+    for name in ("keys", "values"):
+        smem[name] = plgpu.SMEM((stages, tokens, K), cache, transforms=cache_transforms(shape))
+    smem["query"] = plgpu.SMEM((stages, share, K), jnp.dtype(shape.dtype))
+    smem["scratch"] = plgpu.SMEM((shape.scratch,), jnp.float32)
     if biased:
         smem["cos"] = smem["sin"] = plgpu.SMEM((stages, K // 2), jnp.float32)
         smem["turned"] = plgpu.SMEM((share, K // 2, 2), jnp.float32)
-        smem["table"] = plgpu.SMEM((shape.table,), jnp.int32)
-    copies = 3 + 4 * scaled + 2 * biased
-    slices = workers + items
-    kernel = plgpu.kernel(
+    copies = 3 + len(names) + 2 * biased
+    slices = plan.workers + items
+    return plgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((items * share, K), jnp.dtype(shape.dtype)),
             jax.ShapeDtypeStruct((slices, share, K), jnp.float32),
             jax.ShapeDtypeStruct((slices, share, 2), jnp.float32),
         ),
-        grid=(workers,),
+        grid=(plan.workers,),
         grid_names=("worker",),
         scratch_types=dict(smem=smem, barriers=plgpu.Barrier(num_arrivals=copies, num_barriers=stages)),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="decode_attention",
         interpret=interpret,
     )
-    return kernel
 
 
 def attend_decode(
@@ -211,37 +277,41 @@ def attend_decode(
     layer,
     lengths_B,
     *,
-    scale,
+    scale: float,
     key_bias_GK=None,
     key_rotary=None,
-    sliding_window=None,
-    active_length=None,
-    plan=Plan(),
+    sliding_window: int | None = None,
+    active_length: int | None = None,
+    plan: Plan | None = None,
 ):
-    """One new token a slot over the cache; see `op.attend_decode`."""
+    """One new token a slot over the cache; see `op.attend_decode`. A length below 1 counts as 1.
+
+    `active_length` is not needed: each slot's own length bounds what is read. `plan` overrides the tuned choice.
+    """
     del active_length
     B, H, K = query_BHK.shape
     _, _, G, S, _ = kv.keys.shape
-    shape = tiles.TileShape(
-        K,
-        H // G,
-        plan.blocks,
-        kv.quantized,
-        str(query_BHK.dtype),
-        scale,
-        None if key_bias_GK is None else str(key_bias_GK.dtype),
-    )
-    bias = () if key_bias_GK is None else (key_bias_GK, *key_rotary)
-    kernel = build(shape, plan, (B, G, S), sliding_window, key_rotary[0].shape[0] if bias else 0)
-    scales = (kv.key_scales, kv.key_minimums, kv.value_scales, kv.value_minimums) if kv.quantized else ()
+    biased, share = key_bias_GK is not None, H // G
+    if biased and not kv.quantized:
+        raise ValueError("key_bias_GK: a 16-bit cache holds keys with their bias; expected None.")
+    if not kv.quantized and kv.keys.dtype != query_BHK.dtype:
+        raise ValueError(
+            f"kv: a 16-bit cache of {kv.keys.dtype} with queries of {query_BHK.dtype}; expected one dtype."
+        )
+    if biased and key_rotary[0].dtype != jnp.float32:
+        raise ValueError(f"key_rotary: tables of {key_rotary[0].dtype}; expected float32.")
+    plan = plan or plan_for(B, G, S, share, K, kv.quantized, biased)
+    bias_dtype = str(key_bias_GK.dtype) if biased else None
+    shape = TileShape(K, share, plan.blocks, kv.quantized, str(query_BHK.dtype), float(scale), bias_dtype)
+    kernel = build(shape, plan, (B, G, S), sliding_window, key_rotary[0].shape[0] if biased else 0)
     out, _, _ = kernel(
-        query_BHK.reshape(B, G, H // G, K),
+        query_BHK.reshape(B, G, share, K),
         kv.keys,
         kv.values,
-        scales,
-        lengths_B,
+        tuple(getattr(kv, name) for name in SCALES) if kv.quantized else (),
+        lengths_B.astype(jnp.int32),
         jnp.asarray(layer, jnp.int32).reshape(1),
         jnp.zeros(B * G, jnp.int32),
-        bias,
+        (key_bias_GK, *key_rotary) if biased else (),
     )
     return out.reshape(B, H, K)

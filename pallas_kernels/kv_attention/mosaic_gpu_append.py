@@ -129,7 +129,7 @@ def _round(row):
     for distance in (1, 2, 4, 8, 16):
         low, high = w.minimum(low, w.shuffle_xor(low, distance)), w.maximum(high, w.shuffle_xor(high, distance))
     scale, minimum = w.round_to_float16(w.divide(w.sub(high, low), w.f32(255.0))), w.round_to_float16(low)
-    constant = w.arith.cmpf(w.arith.CmpFPredicate.OEQ, scale, w.f32(0.0))
+    constant = w.float_equal(scale, w.f32(0.0))
     step = w.select(constant, w.f32(1.0), scale)
     units = [w.select(constant, w.i32(0), w.to_byte(w.divide(w.sub(x, minimum), step))) for x in row]
     return units, scale, minimum

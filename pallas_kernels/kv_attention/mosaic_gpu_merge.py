@@ -1,7 +1,7 @@
 """How partial softmaxes of decode attention become one: the four warps of a block, then the blocks of an item.
 
-A partial result is outputs Σ w·v, the maximum M its weights 2^(x − M) refer to, and their sum. Whoever merges does so in
-a fixed order, so that a result never depends on timing. The last block to arrive at an item's counter merges it; the
+A partial result is outputs Σ w·v, the maximum M its weights 2^(x − M) refer to, and their sum. Whoever merges does so
+in a fixed order, so that a result never depends on timing. The last block to arrive at an item's counter merges it; the
 counter wraps to zero by itself.
 """
 
@@ -9,21 +9,19 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import scf
 
 from pallas_kernels.kv_attention import warp as w
-from pallas_kernels.kv_attention.mosaic_gpu_schedule import locate
-from pallas_kernels.kv_attention.mosaic_gpu_tile import (
+from pallas_kernels.kv_attention.mosaic_gpu_fragments import (
     WARPGROUP,
-    FastTile,
+    Thread,
     TileShape,
-    _bag_layout,
-    _scalar,
-    _Thread,
-    _unbag,
+    bag_layout,
     channel_of_output,
+    scalar,
+    unbag,
 )
+from pallas_kernels.kv_attention.mosaic_gpu_schedule import locate
+from pallas_kernels.kv_attention.mosaic_gpu_tile import FastTile
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT
 
@@ -49,11 +47,11 @@ class FastMerge(FastTile):
         shape = self.shape
         dtype = str(out.dtype)
 
-        @plgpu.inline_mgpu(arg_types=(_bag_layout(shape.state), _REF, _REF, _REF, _REF, _SCALAR, _SCALAR, _SCALAR))
+        @plgpu.inline_mgpu(arg_types=(bag_layout(shape.state), _REF, _REF, _REF, _REF, _SCALAR, _SCALAR, _SCALAR))
         def emit(ctx, state, scratch, out, partial, statistics, row, slice_index, complete):
             del ctx
             pointers = [utils.memref_ptr(ref) for ref in (scratch, out, partial, statistics)]
-            _finish(shape, dtype, _unbag(state), pointers, _scalar(row), _scalar(slice_index), _scalar(complete))
+            _finish(shape, dtype, unbag(state), pointers, scalar(row), scalar(slice_index), scalar(complete))
 
         emit(state, scratch, out, partial, statistics, row, slice_index, complete)
 
@@ -66,24 +64,8 @@ class FastMerge(FastTile):
         )
         def emit(ctx, counters, item, expected, scratch):
             del ctx
-            thread = _Thread.here()
-            counters, scratch = utils.memref_ptr(counters), utils.memref_ptr(scratch)
-            # Thread 0's fence covers what the barrier ordered before it; slices are read from L2, past any stale line.
-            utils.warpgroup_barrier()
-            first = scf.IfOp(w.equal(thread.index, 0))
-            with ir.InsertionPoint(first.then_block):
-                where = w.offset(counters, w.imul(_scalar(item), 4))
-                limit = w.iadd(_scalar(expected), -1)
-                w.fence_device()
-                text = "atom.relaxed.gpu.global.inc.u32 $0, [$1], $2;"
-                before = w.asm(text, [w.i32_type()], where, limit, effects=True)
-                w.fence_device()
-                last = w.select(w.equal(before, limit), w.i32(1), w.i32(0))
-                w.store_words(scratch, 0, [last])
-                scf.YieldOp([])
-            utils.warpgroup_barrier()
-            last = w.load_words(scratch, 0, 1)[0]
-            utils.warpgroup_barrier()
+            pointers = utils.memref_ptr(counters), utils.memref_ptr(scratch)
+            last = _arrive(*pointers, scalar(item), scalar(expected))
             return mgpu.FragmentedArray.splat(last, (), is_signed=True)
 
         return emit(counters, item, expected, scratch)
@@ -97,9 +79,27 @@ class FastMerge(FastTile):
         def emit(ctx, out, partial, statistics, row, first, count):
             del ctx
             pointers = [utils.memref_ptr(ref) for ref in (out, partial, statistics)]
-            _combine(shape, dtype, *pointers, _scalar(row), _scalar(first), _scalar(count))
+            _combine(shape, dtype, *pointers, scalar(row), scalar(first), scalar(count))
 
         emit(out, partial, statistics, row, first, count)
+
+
+def _arrive(counters, scratch, item, expected):
+    # Thread 0's fence covers what the barrier ordered before it; slices are read from L2, past any stale line.
+    w.warpgroup_barrier()
+
+    def count():
+        limit = w.iadd(expected, -1)
+        w.fence_device()
+        before = w.increment_or_wrap(w.element(counters, item, 4), limit)
+        w.fence_device()
+        w.store_words(scratch, 0, [w.select(w.equal(before, limit), w.i32(1), w.i32(0))])
+
+    w.when(w.equal(w.thread_index(), 0), count)
+    w.warpgroup_barrier()
+    last = w.load_words(scratch, 0, 1)[0]
+    w.warpgroup_barrier()
+    return last
 
 
 def _elements(shape: TileShape, thread):
@@ -114,7 +114,7 @@ def _elements(shape: TileShape, thread):
 
 def _finish(shape: TileShape, dtype, state, pointers, row, slice_index, complete):
     scratch, out, partial, statistics = pointers
-    thread = _Thread.here()
+    thread = Thread.here()
     outputs = shape.head_dim // 4
     acc, maximum, total, shift = state[:outputs], state[outputs : outputs + 2], state[-4:-2], state[-2:]
     for distance in (4, 8, 16):
@@ -128,7 +128,7 @@ def _finish(shape: TileShape, dtype, state, pointers, row, slice_index, complete
             w.store_floats(scratch, w.iadd(w.imul(thread.warp, 96), column, kind * 32), values)
 
     w.when(w.equal(thread.g, 0), write_statistics)
-    utils.warpgroup_barrier()
+    w.warpgroup_barrier()
 
     highest = [w.f32(-3e38)] * 2
     for other in range(4):
@@ -146,7 +146,7 @@ def _finish(shape: TileShape, dtype, state, pointers, row, slice_index, complete
                 w.store_floats(scratch, where, [w.mul(value, factor[c])])
 
         w.when(w.less(query, shape.share), write_outputs)
-    utils.warpgroup_barrier()
+    w.warpgroup_barrier()
 
     for query, channel, flat, exists in _elements(shape, thread):
         parts = []
@@ -164,12 +164,11 @@ def _finish(shape: TileShape, dtype, state, pointers, row, slice_index, complete
             weight = w.fma(their_total, ratio, weight)
 
         def write(query=query, channel=channel, flat=flat, value=value, weight=weight, top=top):
-            whole = scf.IfOp(w.equal(complete, 1), has_else=True)
-            with ir.InsertionPoint(whole.then_block):
+            def write_whole():
                 where = w.iadd(w.imul(w.iadd(row, query), shape.head_dim), channel)
-                _store(out, where, w.arith.divf(value, weight), dtype)
-                scf.YieldOp([])
-            with ir.InsertionPoint(whole.else_block):
+                _store(out, where, w.divide(value, weight), dtype)
+
+            def write_slice():
                 where = w.iadd(w.imul(slice_index, shape.share * shape.head_dim), flat)
                 _store(partial, where, value, "float32")
                 where = w.imul(w.iadd(w.imul(slice_index, shape.share), query), 2)
@@ -179,10 +178,12 @@ def _finish(shape: TileShape, dtype, state, pointers, row, slice_index, complete
                     _store(statistics, w.iadd(where, 1), weight, "float32")
 
                 w.when(w.equal(channel, 0), write_statistics)
-                scf.YieldOp([])
+
+            w.when(w.equal(complete, 1), write_whole)
+            w.when(w.equal(complete, 0), write_slice)
 
         w.when(exists, write)
-    utils.warpgroup_barrier()
+    w.warpgroup_barrier()
 
 
 def _store(pointer, index, value, dtype):
@@ -190,49 +191,53 @@ def _store(pointer, index, value, dtype):
     w.store_float_as(w.element(pointer, index, 4 if dtype == "float32" else 2), 0, value, dtype)
 
 
-_TOGETHER = 4  # slices read at once, for two elements: their latencies overlap, and registers suffice
+_TOGETHER = 8  # slices read at once: their latencies overlap
 
 
 def _combine(shape: TileShape, dtype, out, partial, statistics, row, first, count):
-    thread = _Thread.here()
-    elements = list(_elements(shape, thread))
-    for pair in range(0, len(elements), 2):
-        _combine_elements(shape, dtype, out, partial, statistics, row, first, count, elements[pair : pair + 2])
+    """A thread merges four neighbouring channels at a time, all slices in order."""
+    thread = Thread.here()
+    quarters = shape.share * shape.head_dim // 4
+    elements = []
+    for piece in range(-(-quarters // WARPGROUP)):
+        at = w.iadd(thread.index, piece * WARPGROUP)
+        exists = None if (piece + 1) * WARPGROUP <= quarters else w.less(at, quarters)
+        at = w.imul(w.imin(at, quarters - 1), 4)
+        elements.append((w.idiv(at, shape.head_dim), at, exists))
 
-
-def _combine_elements(shape: TileShape, dtype, out, partial, statistics, row, first, count, elements):
-    begin = [w.f32(-3e38), w.f32(0.0), w.f32(0.0)] * len(elements)
-    loop = scf.ForOp(w.i32(0), count, w.i32(_TOGETHER), begin)
-    with ir.InsertionPoint(loop.body):
-        carried = list(loop.inner_iter_args)
-        slices = [w.iadd(loop.induction_variable, index) for index in range(_TOGETHER)]
+    def merge(begin, carried):
+        slices = [w.iadd(begin, index) for index in range(_TOGETHER)]
         inside = [w.less(index, count) for index in slices]
         places = [w.iadd(first, w.imin(index, w.iadd(count, -1))) for index in slices]
         read = []
-        for query, _, flat, _ in elements:
-            at = [w.imul(w.iadd(w.imul(place, shape.share), query), 2) for place in places]
-            tops = [w.load_device(w.element(statistics, where, 4), 0) for where in at]
-            weights = [w.load_device(w.element(statistics, w.iadd(where, 1), 4), 0) for where in at]
-            where = [w.iadd(w.imul(place, shape.share * shape.head_dim), flat) for place in places]
-            read.append((tops, weights, [w.load_device(w.element(partial, at, 4), 0) for at in where]))
+        for query, at, _ in elements:
+            whose = [w.iadd(w.imul(place, shape.share), query) for place in places]
+            where = [w.iadd(w.imul(place, shape.share * shape.head_dim), at) for place in places]
+            facts = [w.load_device(w.element(statistics, index, 8), 0, 2) for index in whose]
+            read.append((facts, [w.load_device(w.element(partial, index, 4), 0, 4) for index in where]))
         new = []
-        for index, (tops, weights, values) in enumerate(read):
-            top, value, weight = carried[3 * index : 3 * index + 3]
+        for index, (facts, slices) in enumerate(read):
+            top, weight, *values = carried[6 * index : 6 * index + 6]
             highest = top
-            for other in tops:
-                highest = w.maximum(highest, other)
+            for their_top, _ in facts:
+                highest = w.maximum(highest, their_top)
             ratio = w.exp2(w.sub(top, highest))
-            value, weight = w.mul(value, ratio), w.mul(weight, ratio)
-            for valid, their_top, their_weight, their_value in zip(inside, tops, weights, values, strict=True):
+            weight, values = w.mul(weight, ratio), [w.mul(value, ratio) for value in values]
+            for valid, (their_top, their_weight), theirs in zip(inside, facts, slices, strict=True):
                 ratio = w.select(valid, w.exp2(w.sub(their_top, highest)), w.f32(0.0))
-                value, weight = w.fma(their_value, ratio, value), w.fma(their_weight, ratio, weight)
-            new += [highest, value, weight]
-        scf.YieldOp(new)
-    for index, (query, channel, _, exists) in enumerate(elements):
-        _, value, weight = loop.results[3 * index : 3 * index + 3]
+                weight = w.fma(their_weight, ratio, weight)
+                values = [w.fma(other, ratio, value) for other, value in zip(theirs, values, strict=True)]
+            new += [highest, weight, *values]
+        return new
 
-        def write(query=query, channel=channel, value=value, weight=weight):
-            where = w.iadd(w.imul(w.iadd(row, query), shape.head_dim), channel)
-            _store(out, where, w.arith.divf(value, weight), dtype)
+    begin = [w.f32(-3e38), *[w.f32(0.0)] * 5] * len(elements)
+    merged = w.loop(count, _TOGETHER, begin, merge)
+    for index, (_, at, exists) in enumerate(elements):
+        _, weight, *values = merged[6 * index : 6 * index + 6]
+
+        def write(at=at, weight=weight, values=values):
+            base = w.iadd(w.imul(row, shape.head_dim), at)  # the item's queries are neighbouring rows of `out`
+            for channel, value in enumerate(values):
+                _store(out, w.iadd(base, channel), w.divide(value, weight), dtype)
 
         w.when(exists, write)

@@ -1,7 +1,8 @@
 """How decode attention's work is divided among blocks.
 
-The tiles of all slots and heads form one list, slot after slot, head after head; block i of W takes the i-th of W equal
-parts. Everything follows from the lengths on the device, so ragged batches stay balanced and nothing is recompiled.
+The tiles of all slots and heads form one list, slot after slot, head after head; block i of W takes the i-th of W
+parts, equal to within a tile. Everything follows from the lengths on the device, so ragged batches stay balanced and
+nothing is recompiled.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.kv_attention import warp as w
+from pallas_kernels.kv_attention.mosaic_gpu_fragments import scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,24 @@ class Schedule:
         return slot, jnp.where(next_slot, 0, head), jnp.where(wrap, 0, tile + 1), count, first
 
     def first_of(self, worker, total):
-        """The first tile of a worker's part of `total`."""
-        return worker * (total // self.workers) + jnp.minimum(worker, total % self.workers)
+        """The first tile of a worker's part of `total`: floor(worker · total / active), kept within 32 bits.
+
+        `active` is the number of workers, or of tiles where these are fewer: every active worker then has a tile, which
+        counting an item's slices by the distance of its first and last worker relies on.
+        """
+        active = jnp.minimum(total, self.workers)
+        worker = jnp.minimum(worker, active)
+        return worker * (total // active) + worker * (total % active) // active
 
     def worker_of(self, tile, total):
         """Whose part a tile lies in."""
-        each, extra = total // self.workers, total % self.workers
-        late = extra + (tile - extra * (each + 1)) // jnp.maximum(each, 1)
-        return jnp.where(tile < extra * (each + 1), tile // (each + 1), late)
+        return ((tile + 1) * jnp.minimum(total, self.workers) - 1) // total
+
+    @property
+    def fits(self) -> bool:
+        """Whether the arithmetic above stays within 32 bits."""
+        most = self.slots * self.kv_heads * -(-self.length // self.tokens)
+        return (most + 1) * self.workers < 2**31
 
 
 def locate_portable(schedule: Schedule, lengths, worker):
@@ -85,35 +97,40 @@ def locate_portable(schedule: Schedule, lengths, worker):
 
 def locate(schedule: Schedule, lengths, worker):
     """The same by a prefix sum over a warp's lanes, 32 slots at once."""
-    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+    number = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=[scalar] * 3)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=[number] * 3)
     def emit(ctx, lengths, worker):
         del ctx
-        lengths, worker = utils.memref_ptr(lengths), worker.registers.item()
-        lane = w.irem(w.thread_index(), 32)
-        total, reached = w.i32(0), []
-        for first in range(0, schedule.slots, 32):
-            slot = w.iadd(lane, first)
-            valid = w.load_words(lengths, w.imul(w.imin(slot, schedule.slots - 1), 4), 1)[0]
-            valid = w.imin(w.imax(valid, 1), schedule.length)
-            tiles = w.idiv(w.iadd(valid, schedule.tokens - 1), schedule.tokens)
-            if schedule.window is not None:
-                tiles = w.iadd(tiles, w.imul(w.idiv(w.imax(w.iadd(valid, -schedule.window), 0), schedule.tokens), -1))
-            tiles = w.select(w.less(slot, schedule.slots), w.imul(tiles, schedule.kv_heads), w.i32(0))
-            for distance in (1, 2, 4, 8, 16):
-                tiles = w.iadd(tiles, w.shuffle_up(tiles, distance))
-            tiles = w.iadd(tiles, total)
-            total = w.broadcast(tiles, 31)
-            reached.append((slot, tiles))
-        each, extra = w.idiv(total, schedule.workers), w.irem(total, schedule.workers)
-        begin = w.iadd(w.imul(worker, each), w.imin(worker, extra))
-        found, before = w.i32(0), w.i32(0)
-        for slot, tiles in reached:
-            past = w.both(w.less(slot, schedule.slots), w.less(tiles, w.iadd(begin, 1)))
-            found = w.iadd(found, w.select(past, w.i32(1), w.i32(0)))
-            before = w.imax(before, w.select(past, tiles, w.i32(0)))
-        values = total, w.warp_sum(found), w.warp_max(before)
+        values = locate_values(schedule, utils.memref_ptr(lengths), scalar(worker))
         return [mgpu.FragmentedArray.splat(value, (), is_signed=True) for value in values]
 
     return tuple(emit(lengths, worker))
+
+
+def locate_values(schedule: Schedule, lengths, worker):
+    """`locate` on values of a thread."""
+    lane = w.irem(w.thread_index(), 32)
+    total, reached = w.i32(0), []
+    for first in range(0, schedule.slots, 32):
+        slot = w.iadd(lane, first)
+        valid = w.load_words(lengths, w.imul(w.imin(slot, schedule.slots - 1), 4), 1)[0]
+        valid = w.imin(w.imax(valid, 1), schedule.length)
+        tiles = w.idiv(w.iadd(valid, schedule.tokens - 1), schedule.tokens)
+        if schedule.window is not None:
+            tiles = w.iadd(tiles, w.imul(w.idiv(w.imax(w.iadd(valid, -schedule.window), 0), schedule.tokens), -1))
+        tiles = w.select(w.less(slot, schedule.slots), w.imul(tiles, schedule.kv_heads), w.i32(0))
+        for distance in (1, 2, 4, 8, 16):
+            tiles = w.iadd(tiles, w.shuffle_up(tiles, distance))
+        tiles = w.iadd(tiles, total)
+        total = w.broadcast(tiles, 31)
+        reached.append((slot, tiles))
+    active = w.imin(total, schedule.workers)  # as in first_of
+    worker = w.imin(worker, active)
+    begin = w.iadd(w.imul(worker, w.idiv(total, active)), w.idiv(w.imul(worker, w.irem(total, active)), active))
+    found, before = w.i32(0), w.i32(0)
+    for slot, tiles in reached:
+        past = w.both(w.less(slot, schedule.slots), w.less(tiles, w.iadd(begin, 1)))
+        found = w.iadd(found, w.select(past, w.i32(1), w.i32(0)))
+        before = w.imax(before, w.select(past, tiles, w.i32(0)))
+    return total, w.warp_sum(found), w.warp_max(before)

@@ -46,7 +46,8 @@ def quantize(x):
 
 def dequantize(units, scale, minimum):
     """Minimum + scale · units, float64."""
-    return np.float64(minimum)[..., None] + np.float64(scale)[..., None] * np.float64(units)
+    minimum, scale = np.asarray(minimum, np.float64), np.asarray(scale, np.float64)
+    return minimum[..., None] + scale[..., None] * np.asarray(units, np.float64)
 
 
 def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
@@ -61,9 +62,11 @@ def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
             units, scale, minimum = quantize(np.asarray(new_BTGK, np.float32))
             parts = {f"{kind}s": units, f"{kind}_scales": scale, f"{kind}_minimums": minimum}
         for name, part in parts.items():
+            array = arrays[name]
+            assert array is not None
             for slot, start in enumerate(np.asarray(start_B)):
                 for token in range(part.shape[1]):
-                    arrays[name][layer, slot, :, start + token] = part[slot, token].astype(arrays[name].dtype)
+                    array[layer, slot, :, start + token] = part[slot, token].astype(array.dtype)
     return KVArrays(**arrays)
 
 
@@ -72,7 +75,7 @@ def cached_keys(kv: KVArrays, layer, key_bias_GK=None, key_rotary=None):
     if not kv.quantized:
         return np.asarray(kv.keys[layer], np.float64)
     keys_BGSK = dequantize(kv.keys[layer], kv.key_scales[layer], kv.key_minimums[layer])
-    if key_bias_GK is None:
+    if key_bias_GK is None or key_rotary is None:
         return keys_BGSK
     cos, sin = (np.asarray(table, np.float64)[:, None] for table in key_rotary)  # [B or 1, 1, S, K/2]
     return keys_BGSK + rotate(np.asarray(key_bias_GK, np.float64)[None, :, None], cos, sin)

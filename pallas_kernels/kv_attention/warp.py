@@ -3,6 +3,7 @@
 Values are MLIR values of one thread: i32 words (often two packed halves), i32 integers, f32 floats, pointers.
 """
 
+from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
@@ -66,11 +67,6 @@ def ixor(a, b):
     return arith.xori(_integer(a), _integer(b))
 
 
-def ishl(a, bits: int):
-    """Left shift."""
-    return arith.shli(a, i32(bits))
-
-
 def imin(a, b):
     """Minimum of signed integers."""
     return arith.minsi(_integer(a), _integer(b))
@@ -94,6 +90,31 @@ def equal(a, b):
 def both(a, b):
     """Logical and of two i1."""
     return arith.andi(a, b)
+
+
+def either(a, b):
+    """Logical or of two i1."""
+    return arith.ori(a, b)
+
+
+def float_less(a, b):
+    """Float a < b, as i1."""
+    return arith.cmpf(arith.CmpFPredicate.OLT, a, b)
+
+
+def float_equal(a, b):
+    """Float a == b, as i1."""
+    return arith.cmpf(arith.CmpFPredicate.OEQ, a, b)
+
+
+def as_word(x):
+    """The bits of a float as an i32."""
+    return arith.bitcast(i32_type(), x)
+
+
+def as_float(word):
+    """The float of an i32's bits."""
+    return arith.bitcast(f32_type(), word)
 
 
 def select(condition, a, b):
@@ -133,8 +154,7 @@ def divide(a, b):
 
 def round_to_float16(x):
     """A float rounded to float16 and back."""
-    half = ir.F16Type.get()
-    return arith.extf(f32_type(), arith.truncf(half, x))
+    return arith.extf(f32_type(), arith.truncf(ir.F16Type.get(), x))
 
 
 def to_byte(x):
@@ -220,8 +240,7 @@ def transpose(word):
 def shuffle_xor(x, distance: int):
     """The value of the lane `distance` apart (xor)."""
     text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
-    word = arith.bitcast(i32_type(), x)
-    return arith.bitcast(f32_type(), asm(text, [i32_type()], word, effects=True))
+    return as_float(asm(text, [i32_type()], as_word(x), effects=True))
 
 
 def shuffle_up(x, distance: int):
@@ -257,6 +276,16 @@ def warp_barrier():
     asm("bar.warp.sync 0xffffffff;", [])
 
 
+def warpgroup_barrier():
+    """All threads of the warpgroup meet; their memory accesses are ordered."""
+    utils.warpgroup_barrier()
+
+
+def increment_or_wrap(pointer, limit):
+    """Atomically adds one to an unsigned i32 in global memory, or zeroes it at `limit`; returns what it was."""
+    return asm("atom.relaxed.gpu.global.inc.u32 $0, [$1], $2;", [i32_type()], pointer, limit, effects=True)
+
+
 def fence_device():
     """Orders this thread's memory accesses for the whole device."""
     asm("fence.acq_rel.gpu;", [])
@@ -287,14 +316,12 @@ def load_words(pointer, byte_offset, count: int):
 
 def store_words(pointer, byte_offset, words):
     """Stores 1, 2 or 4 words, aligned to their size, in one access."""
-    where = offset(pointer, byte_offset)
-    if len(words) == 1:
-        llvm.store(words[0], where, alignment=4)
-        return
-    vector = llvm.mlir_undef(ir.VectorType.get((len(words),), i32_type()))
-    for index, word in enumerate(words):
-        vector = llvm.insertelement(vector, word, position=i32(index))
-    llvm.store(vector, where, alignment=4 * len(words))
+    value = words[0]
+    if len(words) > 1:
+        value = llvm.mlir_undef(ir.VectorType.get((len(words),), i32_type()))
+        for index, word in enumerate(words):
+            value = llvm.insertelement(value, word, position=i32(index))
+    llvm.store(value, offset(pointer, byte_offset), alignment=4 * len(words))
 
 
 def load_floats(pointer, byte_offset, count: int = 1):
@@ -332,9 +359,8 @@ def store_byte(pointer, byte_offset, value):
 
 def element(pointer, index, size: int):
     """Address of the index-th element of `size` bytes, in 64 bits."""
-    wide = ir.IntegerType.get_signless(64)
+    wide, byte = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(8)
     at = arith.muli(arith.extui(wide, index), arith.constant(wide, ir.IntegerAttr.get(wide, size)))
-    byte = ir.IntegerType.get_signless(8)
     return llvm.getelementptr(pointer.type, pointer, [at], [-(2**31)], byte, llvm.GEPNoWrapFlags.none)
 
 
@@ -349,6 +375,26 @@ def when(condition, body):
         scf.YieldOp([])
 
 
-def load_device(pointer, byte_offset):
-    """A float another block wrote, from the L2 cache (never a stale line of L1)."""
-    return asm("ld.relaxed.gpu.global.f32 $0, [$1];", [f32_type()], offset(pointer, byte_offset), effects=True)
+def branch(condition, then, otherwise, count: int):
+    """The `count` floats that then() or otherwise() gives."""
+    op = scf.IfOp(condition, [f32_type()] * count, has_else=True)
+    with ir.InsertionPoint(op.then_block):
+        scf.YieldOp(then())
+    with ir.InsertionPoint(op.else_block):
+        scf.YieldOp(otherwise())
+    return list(op.results)
+
+
+def loop(count, step: int, begin, body):
+    """Floats carried through body(index, carried) for index in range(0, count, step)."""
+    op = scf.ForOp(i32(0), count, i32(step), list(begin))
+    with ir.InsertionPoint(op.body):
+        scf.YieldOp(body(op.induction_variable, list(op.inner_iter_args)))
+    return list(op.results)
+
+
+def load_device(pointer, byte_offset, count: int):
+    """2 or 4 floats another block wrote, from the L2 cache (never a stale line of L1), in one access."""
+    results = ",".join(f"${index}" for index in range(count))
+    text = f"ld.relaxed.gpu.global.v{count}.f32 {{{results}}}, [${count}];"
+    return list(asm(text, [f32_type()] * count, offset(pointer, byte_offset), effects=True))

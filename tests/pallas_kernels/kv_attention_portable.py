@@ -4,7 +4,6 @@ They take the same references and keep the same contract, so that what runs unde
 structure: the division of tiles among blocks, TMA copies, barriers, the ring, segments, slices and the scatter.
 """
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -20,12 +19,8 @@ class PortableMerge:
     def __init__(self, shape):
         self.shape = shape
 
-    def build_table(self, cos, sin, slot, table):
-        rows, pairs = 16 * self.shape.blocks, self.shape.head_dim // 2
-        factor = cos[slot, 0, 0]
-        for part, source in enumerate((cos, sin)):
-            flat = (source[slot, pl.ds(0, rows), :] / factor).reshape(-1)
-            table[pl.ds(part * rows * pairs, rows * pairs)] = jax.lax.bitcast_convert_type(flat, jnp.int32)
+    def table(self, cos, sin, slot):
+        return jnp.stack([table[slot, pl.ds(0, 16), :] / cos[slot, 0, 0] for table in (cos, sin)])
 
     def start(self, query, bias=None):
         shape = self.shape
@@ -75,9 +70,7 @@ class PortableMerge:
         return acc, new_top, total
 
     def _bias(self, rotation, bias):
-        cos, sin, turned, table, _ = bias
-        rows, pairs = 16 * self.shape.blocks, self.shape.head_dim // 2
-        small = jax.lax.bitcast_convert_type(table[...], jnp.float32).reshape(2, rows, pairs)
+        small, cos, sin, turned, _ = bias
         logits = []
         for warp in range(4):
             c = cos[...] * rotation[0, warp] - sin[...] * rotation[1, warp]
