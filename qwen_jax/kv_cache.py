@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_attention import KVArrays
+from pallas_kernels.kv_attention import KVArrays, scale_dtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import ConsumedCacheError
 
@@ -31,7 +31,7 @@ class CacheState:
         """Room for `length` tokens in each of `slots` slots, holding none."""
         shape = (config.num_layers, slots, config.num_kv_heads, length, config.head_dim)
         if quantized:
-            scales = [jnp.zeros(shape[:-1], jnp.float16) for _ in range(4)]
+            scales = [jnp.zeros(shape[:-1], scale_dtype()) for _ in range(4)]
             kv = KVArrays(jnp.zeros(shape, jnp.uint8), jnp.zeros(shape, jnp.uint8), *scales)
         else:
             kv = KVArrays(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

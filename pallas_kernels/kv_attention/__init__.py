@@ -1,6 +1,6 @@
 """Attention over a key/value cache of 16 or 8 bits."""
 
 from pallas_kernels.kv_attention.op import append, attend_decode, attend_prefill, choose
-from pallas_kernels.kv_attention.tensor import KVArrays
+from pallas_kernels.kv_attention.tensor import KVArrays, scale_dtype
 
-__all__ = ["KVArrays", "append", "attend_decode", "attend_prefill", "choose"]
+__all__ = ["KVArrays", "append", "attend_decode", "attend_prefill", "choose", "scale_dtype"]

@@ -5,6 +5,14 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.chip import default_chip
+from pallas_kernels.tpu import keeps_float16_as_bits
+
+
+def scale_dtype(chip: str | None = None) -> str:
+    """Dtype of an 8-bit cache's scales and minimums on a chip (a `device_kind`; None: the default device's)."""
+    return "int16" if keeps_float16_as_bits(default_chip() if chip is None else chip) else "float16"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +20,8 @@ class KVArrays:
     """Keys and values [layers, slots, kv_heads, length, head_dim] (L, B, G, S, K), keys already rotated.
 
     8-bit form: uint8, x ≈ minimum + scale · u, one scale and one minimum a token and head. Its keys lack their bias,
-    which attention adds back exactly: Qwen2's key biases reach norms of 900 and would eat the 8 bits.
+    which attention adds back exactly: Qwen2's key biases reach norms of 900 and would eat the 8 bits. On a TPU, whose
+    kernels take no float16, scales and minimums are int16 that hold float16's bits (`scale_dtype`).
 
     Attributes:
         keys: [L, B, G, S, K], a float type or uint8.

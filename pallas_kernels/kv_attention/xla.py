@@ -35,7 +35,10 @@ def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
     """Writes T tokens of one layer; see `op.append`."""
 
     def write(array, new_BTG):
-        new_BGT = jnp.swapaxes(new_BTG, 1, 2).astype(array.dtype)
+        new_BGT = jnp.swapaxes(new_BTG, 1, 2)
+        if array.dtype == jnp.int16:  # float16 as bits, see `KVArrays`
+            new_BGT = lax.bitcast_convert_type(new_BGT, jnp.int16)
+        new_BGT = new_BGT.astype(array.dtype)
         tail = (0,) * (array.ndim - 4)
         for slot in range(new_BGT.shape[0]):  # one in-place update a slot; a scatter over slots is slower on CPU
             update = new_BGT[None, slot : slot + 1]
@@ -64,6 +67,8 @@ def attend_decode(query_BHK, kv, layer, lengths_B, *, scale, key_bias_GK, key_ro
 
     def read(array):
         part = lax.dynamic_slice(array, (layer, *(0,) * (array.ndim - 1)), (1, *array.shape[1:3], S, *array.shape[4:]))
+        if array.dtype == jnp.int16:
+            part = lax.bitcast_convert_type(part, jnp.float16)
         return part[0].astype(jnp.float32)
 
     query_BGQK = query_BHK.astype(jnp.float32).reshape(B, G, H // G, K) * scale
