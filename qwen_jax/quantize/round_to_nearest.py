@@ -1,20 +1,16 @@
 """Rounding to nearest: each weight to the closest point of its group's grid, without calibration data."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from converters import gptq, names
-from converters.folders import copy_side_files
-from converters.huggingface import Checkpoint
-from pallas_kernels.dense_matmul import DenseTensor
+from converters import writer
+from converters.huggingface import Checkpoint, Module
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.layout import from_integers
-from qwen_jax.config import QuantizationConfig
 from qwen_jax.errors import CheckpointError
+from qwen_jax.json_keys import read_json
 
 
 def round_to_nearest(weight_IO: np.ndarray, *, bits: int, group_size: int, symmetric: bool = False) -> QuantizedTensor:
@@ -69,13 +65,13 @@ def quantize_folder(
     symmetric: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes a GPTQ checkpoint of a float one into an existing empty folder; only the layers' matrices are rounded.
+    """Writes a GPTQ checkpoint of a float one; only the layers' matrices are rounded.
 
     Embedding, head, norms and biases stay as they are, and so do tokenizer and generation settings.
 
     Args:
         source: a float Hugging Face folder.
-        target: where to write; the caller makes it, and takes care that an interruption leaves nothing half done.
+        target: the folder to write, complete or not at all; an empty one may be there.
         bits: see `round_to_nearest`, as group_size and symmetric.
         group_size: inputs that share a scale.
         symmetric: one zero-point for all groups.
@@ -85,34 +81,29 @@ def quantize_folder(
         CheckpointError: the source cannot be read or is quantized already.
     """
     checkpoint = Checkpoint(source)
+    if checkpoint.quantization is not None:
+        raise CheckpointError(
+            f"{source}: is quantized already ({checkpoint.quantization.where}); expected a float one."
+        )
     settings = {"bits": bits, "group_size": group_size, "sym": symmetric, "desc_act": False, "quant_method": "gptq"}
     # v1 has no place for a zero-point of 0, which a group of positive weights has
     settings["checkpoint_format"] = "gptq" if symmetric else "gptq_v2"
-    config = QuantizationConfig.from_dict(settings, str(target / "quantize_config.json"))
-    family = checkpoint.config.family
-    vectors = [path for path in checkpoint.paths if path.endswith(".scale")]
-    matrices = [path for path in checkpoint.paths if path not in vectors]
-    total = sum(path.startswith("layers.") for path in matrices)
-    tensors = {f"{names.theirs(family, path)}.weight": checkpoint.read_vector(path) for path in vectors}
-    done = 0
-    for path in matrices:
-        module, name = checkpoint.read(path), names.theirs(family, path)
-        matrix = module.weight
-        if not isinstance(matrix, DenseTensor):
-            raise CheckpointError(f"{source}: {name} is quantized already, expected a float checkpoint.")
-        if names.may_have_bias(checkpoint.config, path):
-            zero = np.zeros(matrix.out_features, matrix.dtype)
-            tensors[f"{name}.bias"] = zero if module.bias is None else module.bias
-        if not path.startswith("layers."):
-            tensors[f"{name}.weight"] = matrix.data
-            continue
-        weight = round_to_nearest(matrix.data.T, bits=bits, group_size=group_size, symmetric=symmetric)
-        tensors |= {f"{name}.{part}": array for part, array in gptq.write(weight, config).items()}
-        done += 1
-        progress(done, total)
-    # safetensors writes memory order under the logical shape: everything has to be contiguous
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, target / "model.safetensors")
-    model_json = json.loads((source / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(model_json | {"quantization_config": settings}, indent=2) + "\n")
-    (target / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    copy_side_files(source, target)
+    total = sum(path.startswith("layers.") and not path.endswith(".scale") for path in checkpoint.paths)
+
+    def parameters():
+        done = 0
+        for path in checkpoint.paths:
+            if path.endswith(".scale"):
+                yield path, checkpoint.read_vector(path)
+                continue
+            module = checkpoint.read(path)
+            if not path.startswith("layers."):
+                yield path, module
+                continue
+            weight = round_to_nearest(module.weight.data.T, bits=bits, group_size=group_size, symmetric=symmetric)
+            yield path, Module(weight, module.bias)
+            done += 1
+            progress(done, total)
+
+    config = read_json(source / "config.json")
+    writer.write(target, parameters(), config=config, quantization=settings, source=source)
