@@ -15,6 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
@@ -56,8 +57,8 @@ def prepack(weight: QuantizedTensor) -> QuantizedTensor:
     def pad(array):
         if array is None:
             return None
-        array = jnp.asarray(array)
-        return jnp.pad(array, ((0, 0),) * len(weight.stack) + ((0, rows - weight.groups), (0, padding)))
+        widths = ((0, 0),) * len(weight.stack) + ((0, rows - weight.groups), (0, padding))
+        return np.pad(array, widths) if isinstance(array, np.ndarray) else jnp.pad(array, widths)
 
     packed = _each_layer(functools.partial(_pack, bits=weight.bits, rows=weight.in_features), weight)
     return QuantizedTensor(
@@ -83,7 +84,7 @@ def unpack(weight: QuantizedTensor) -> QuantizedTensor:
     )
 
     def trim(array):
-        return None if array is None else jnp.asarray(array)[..., : weight.groups, :columns]
+        return None if array is None else array[..., : weight.groups, :columns]
 
     return QuantizedTensor(
         packed,
@@ -109,8 +110,13 @@ def integers(packed, bits: int) -> jax.Array:
 
 
 def _each_layer(function, weight: QuantizedTensor):
-    packed = jnp.asarray(weight.packed)
-    return jax.jit(lambda array: lax.map(function, array))(packed) if weight.stack else jax.jit(function)(packed)
+    """`function` of each matrix of `packed`. NumPy in, NumPy out: then one layer at a time is on the device."""
+    packed, function = weight.packed, jax.jit(function)
+    if isinstance(packed, np.ndarray):
+        if not weight.stack:
+            return np.asarray(function(packed))
+        return np.stack([np.asarray(function(layer)) for layer in packed])
+    return jax.jit(lambda array: lax.map(function, array))(packed) if weight.stack else function(packed)
 
 
 def _pack(packed, *, bits: int, rows: int):

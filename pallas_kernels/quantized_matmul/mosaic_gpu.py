@@ -16,8 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
-from pallas_kernels.quantized_matmul import mosaic_gpu_large as large
-from pallas_kernels.quantized_matmul import mosaic_gpu_small as small
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
@@ -31,6 +29,14 @@ MULTIPROCESSORS = 132
 SHARED_BYTES = 227 * 1024
 SMALL_ROWS = 16
 _TUNED = pathlib.Path(__file__).parent / "tuned"
+
+
+@functools.cache
+def _kernels():
+    """(small, large). Mosaic GPU takes 0.6 s to import: only where a GPU runs it."""
+    from pallas_kernels.quantized_matmul import mosaic_gpu_large, mosaic_gpu_small
+
+    return mosaic_gpu_small, mosaic_gpu_large
 
 
 def unsupported(shape: MatmulShape, chip: str) -> str | None:
@@ -48,6 +54,7 @@ def unsupported(shape: MatmulShape, chip: str) -> str | None:
 
 def form(shape: MatmulShape, chip: str) -> str:
     """How `run` computes `shape` on `chip`."""
+    small, _ = _kernels()
     if shape.dtype == "float32":
         return "a layer at a time dequantized for a float32 dot"
     tiling, origin = choose_tiling(shape, chip)
@@ -63,12 +70,13 @@ def run(
     Args:
         x_MI: [M, in].
         weight: in layout "mosaic_gpu".
-        layer: None, or which matrix of a stack. A traced index costs a read before the first copy; an int does not.
+        layer: None, or which matrix of a stack; a traced index was measured to be as fast as an int.
         bias_O: [out], added in float32, or None.
         chip: device kind.
         portable: plain operations in place of those that the GPU interpreter cannot run.
         tiling: a tiling of `mosaic_gpu_small` or `mosaic_gpu_large` in place of the chosen one.
     """
+    small, large = _kernels()
     dtype = jnp.dtype(x_MI.dtype).name
     if dtype == "float32":
         result_MO = jnp.dot(x_MI, dequantize(weight, layer), precision=lax.Precision.HIGHEST)
@@ -111,37 +119,40 @@ def choose_tiling(shape: MatmulShape, chip: str) -> tuple[Any, str]:
 
 @functools.lru_cache(maxsize=4096)
 def _choose_tiling(rows: int, in_features: int, out_features: int, bits: int, group_size: int, chip: str):
-    entries = _tuned(chip).get(f"{bits} bits, {in_features} x {out_features}", {})
-    # An entry holds for its rows and fewer, down to the next one; padding to 8 rows makes neighbours alike.
+    small, large = _kernels()
+    entries = tuned(chip).get(f"{bits} bits, {in_features} x {out_features}", {})
+    # An entry holds for its rows and down to half as many.
     for limit in sorted(map(int, entries)):
-        if rows <= limit:
+        if limit / 2 < rows <= limit:
             values = entries[str(limit)]["tiling"]
             tiling = small.Tiling(*values) if len(values) == 3 else large.Tiling(*values)
-            if _fits(tiling, rows, in_features, out_features, bits, group_size):
+            if fits(tiling, rows, in_features, out_features, bits, group_size):
                 return tiling, "tuned"
-            break
     return computed_tiling(rows, in_features, out_features, bits, group_size), "computed"
 
 
 @functools.cache
-def _tuned(chip: str) -> dict:
+def tuned(chip: str) -> dict:
+    """The measured tilings of a chip: "4 bits, in x out" → rows → {"tiling", "us"}; empty for an unknown chip."""
     path = _TUNED / f"{chip.replace(' ', '_')}.json"
     return json.loads(path.read_text())["entries"] if path.is_file() else {}
 
 
 def computed_tiling(rows: int, in_features: int, out_features: int, bits: int, group_size: int):
     """A tiling from the shape alone: one wave of blocks, as many stages in flight as shared memory holds."""
+    small, large = _kernels()
     strips = -(-out_features // layout.PADDING) * (layout.PADDING // layout.STRIP)
     shape = (rows, in_features, out_features, bits, group_size)
     if rows <= SMALL_ROWS:
         stages = -(-layout.chunks(in_features) // small.WARPS)
         most = -(-strips // MULTIPROCESSORS)
-        for count in range(min(most, 16), 0, -1):
+        blocks = 2 if most > 8 else 1  # of a multiprocessor: shorter last stages
+        for count in range(-(-most // blocks), 0, -1):
             for warpgroups in (4, 2, 1) if count <= 2 and stages >= 12 else (2, 1):
                 ring = min(3, -(-stages // warpgroups))
                 for slots in range(ring, 0, -1):
                     tiling = small.Tiling(count, min(warpgroups, stages), slots)
-                    if _fits(tiling, *shape) and (slots > 1 or slots == ring):
+                    if fits(tiling, *shape, SHARED_BYTES // blocks - 1024) and (slots > 1 or slots == ring):
                         return tiling
         return small.Tiling(1, 1, 1)
     tiles = (256, 192, 128) if rows > 128 else (-(-rows // 8) * 8 if rows <= 64 else 64,)
@@ -149,36 +160,38 @@ def computed_tiling(rows: int, in_features: int, out_features: int, bits: int, g
         (warpgroups, tile, splits)
         for tile in tiles
         for warpgroups in ((1, 2) if tile > 128 else (1, 2, 3))
-        for splits in (1, 2, 4)
+        for splits in (1, 2)
         if splits == 1 or tile <= 128
     ]
     for warpgroups, tile, splits in sorted(candidates, key=lambda candidate: _cycles(candidate, shape, strips)):
         for slots in (8, 7, 6, 5, 4, 3, 2):
             tiling = large.Tiling(warpgroups, tile, splits, 1, slots, tile <= 64)
-            if _fits(tiling, *shape):
+            if fits(tiling, *shape):
                 return tiling
     return large.Tiling(1, 64, 1, 1, 2, True)
 
 
 def _cycles(candidate: tuple[int, int, int], shape: tuple[int, ...], strips: int) -> float:
     """Estimated time of `mosaic_gpu_large` in cycles; constants from measurements on an H100."""
+    _, large = _kernels()
     (warpgroups, tile, splits), (rows, in_features, out_features, _, _) = candidate, shape
     blocks = -(-strips // (large.STRIPS * warpgroups)) * -(-rows // tile) * splits
     chunks = -(-layout.chunks(in_features) // splits)
     # wgmma of 64 columns by `tile` rows by 128: 4 cycles a row; 500 cycles a chunk do not overlap.
     cycles = -(-blocks // MULTIPROCESSORS) * chunks * (4 * tile * warpgroups + 500)
     if splits == 2:
-        cycles += 3500
+        cycles += 5000
     elif splits > 2:  # one more launch, and float32 parts written and read
         cycles += 4500 + splits * rows * out_features * 8 / 1700
     return cycles
 
 
-def _fits(tiling, rows: int, in_features: int, out_features: int, bits: int, group_size: int) -> bool:
-    """Whether a block's shared memory suffices (zero-points and float16 or bfloat16 scales counted)."""
+def fits(tiling, rows: int, in_features: int, out_features: int, bits: int, group_size: int, limit=SHARED_BYTES):
+    """Whether a block's shared memory suffices, zero-points and 16-bit scales counted."""
+    small, large = _kernels()
     strips = -(-out_features // layout.PADDING) * (layout.PADDING // layout.STRIP)
     common = (rows, in_features, out_features, bits, group_size, False, None, "bfloat16", "bfloat16", False, None)
     if isinstance(tiling, small.Tiling):
-        return small.shared_bytes(small.Problem(*common, False, strips, tiling)) <= SHARED_BYTES
+        return small.fast_form.shared_bytes(small.Problem(*common, False, strips, tiling)) <= limit
     tiling = large.fitted(tiling, strips, layout.chunks(in_features), group_size)
-    return large.staging_fits(tiling) and large.shared_bytes(large.Problem(*common, strips, tiling)) <= SHARED_BYTES
+    return large.staging_fits(tiling) and large.fast_form.shared_bytes(large.Problem(*common, strips, tiling)) <= limit

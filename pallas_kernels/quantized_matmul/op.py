@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.chip import default_chip
-from pallas_kernels.quantized_matmul import mosaic_tpu, xla
+from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 #       is gathered before), layer is None or an index into the stack (an int or a traced int32), bias_O is added in
 #       float32
 #   and, where it wants a layout of its own: LAYOUT (its name), prepack(weight) and unpack(weight), exact inverses.
-KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu, "xla": xla}
+KERNELS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +108,14 @@ def choose(shape: MatmulShape, chip: str, kernels: str = "auto") -> Choice:
 def prepack(weight: QuantizedTensor, kernels: str = "auto", chip: str | None = None) -> QuantizedTensor:
     """The same weight (layout "gptq") in the layout that the kernel chosen for decoding wants; `unpack` goes back."""
     chip = default_chip() if chip is None else chip
-    kernel = KERNELS[choose(_shape(1, "bfloat16", weight), chip, kernels).name]
-    return kernel.prepack(weight) if hasattr(kernel, "prepack") else weight
+    shape = _shape(1, "bfloat16", weight)
+    for name in KERNELS if kernels == "auto" else [kernels] if kernels in KERNELS else []:
+        kernel = KERNELS[name]
+        own = dataclasses.replace(shape, layout=getattr(kernel, "LAYOUT", shape.layout))
+        if kernel.unsupported(own, chip) is None:
+            return kernel.prepack(weight) if hasattr(kernel, "prepack") else weight
+    choose(shape, chip, kernels)  # says why none of them can
+    return weight
 
 
 def unpack(weight: QuantizedTensor) -> QuantizedTensor:
