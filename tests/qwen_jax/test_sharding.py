@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.dense_matmul import DenseTensor
@@ -30,7 +30,7 @@ def make_mesh(data: int, model: int, axis_type=AxisType.Explicit) -> Mesh:
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(axis_type,) * 2, devices=devices)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def on_mesh(case: str, kind: str, data: int, model: int, **options) -> QwenForCausalLM:
     folder = GOLDEN / case / FOLDER[kind]
     return QwenForCausalLM.from_pretrained(folder, dtype="float32", mesh=make_mesh(data, model), **options)
@@ -47,13 +47,16 @@ QUICK = [
 ALL = [(case, kind, *mesh) for case in CASES for kind in FOLDER for mesh in MESHES]
 
 
-def check_case(case, kind, data, model):
+def check_case(case, kind, data, model, *, decode=True, long=True):
     one, many, want = load(case, kind), on_mesh(case, kind, data, model), golden(case)
     ids, tokens = want["ids"], want[f"{kind}_greedy"]
     logits = np.asarray(many(ids))
     assert logits.shape == (*ids.shape, one.config.vocab_size)
     assert relative_error(logits, one(ids)) < LIMIT
-    assert relative_error(decode_logits(many, ids, tokens[:, :3]), decode_logits(one, ids, tokens[:, :3])) < LIMIT
+    if long:
+        assert relative_error(many(want["long_ids"]), one(want["long_ids"])) < LIMIT
+    if decode:
+        assert relative_error(decode_logits(many, ids, tokens[:, :3]), decode_logits(one, ids, tokens[:, :3])) < LIMIT
     settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=[], logprobs=True)
     ours, single = many.generate(ids, **settings), one.generate(ids, **settings)
     np.testing.assert_array_equal(ours.tokens, single.tokens)
@@ -63,21 +66,13 @@ def check_case(case, kind, data, model):
 
 @pytest.mark.parametrize("case, kind, data, model", QUICK)
 def test_equals_one_device(case, kind, data, model):
-    check_case(case, kind, data, model)
-    want = golden(case)
-    if case == QWEN1:  # beyond the trained length
-        assert (
-            relative_error(on_mesh(case, kind, data, model)(want["long_ids"]), load(case, kind)(want["long_ids"]))
-            < LIMIT
-        )
+    check_case(case, kind, data, model, decode=case == ACT_ORDER, long=case == QWEN1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case, kind, data, model", ALL)
 def test_equals_one_device_everywhere(case, kind, data, model):
     check_case(case, kind, data, model)
-    long_ids = golden(case)["long_ids"]
-    assert relative_error(on_mesh(case, kind, data, model)(long_ids), load(case, kind)(long_ids)) < LIMIT
 
 
 def heads_of(array, table):
@@ -148,25 +143,20 @@ def test_axis_types_and_order_of_axes():
     devices = np.asarray(jax.devices()[:4]).reshape(2, 2)
     meshes = [
         make_mesh(2, 2),
-        Mesh(devices, ("data", "model")),
         Mesh(devices.T, ("model", "data")),
         jax.make_mesh((2, 2), ("model", "data"), devices=jax.devices()[:4]),
     ]
     want, _ = load(ACT_ORDER, "gptq").prefill(ids)
-    results = []
     for mesh in meshes:
         model = QwenForCausalLM.from_pretrained(folder, dtype="float32", mesh=mesh)
         logits, _ = model.prefill(ids)
         assert relative_error(logits, want) < LIMIT
-        results.append(np.asarray(logits))
-    np.testing.assert_array_equal(results[0], results[1])
-    np.testing.assert_array_equal(results[0], results[2])
     with jax.set_mesh(meshes[-1]):
-        np.testing.assert_array_equal(results[3], model.prefill(ids)[0])
+        np.testing.assert_array_equal(model.prefill(ids)[0], logits)
 
 
 @pytest.mark.parametrize("mesh, message", [
-    (lambda: jax.make_mesh((2, 4), ("x", "model")), r"mesh: axes \('x', 'model'\), expected 'data' and 'model' in either"),
+    (lambda: jax.make_mesh((2, 4), ("x", "model")), r"mesh: axes \('x', 'model'\), expected 'data' and 'model' in"),
     (lambda: jax.make_mesh((8,), ("model",)), r"mesh: axes \('model',\), expected .*jax.make_mesh\(\(1, 8\)"),
     (lambda: make_mesh(1, 8, AxisType.Manual), "mesh: axes of type Manual, expected Explicit or Auto"),
     (lambda: (1, 8), "mesh: tuple, expected a jax.sharding.Mesh"),
@@ -190,14 +180,14 @@ def test_bad_names_of_dimensions(names, message):
 
 @pytest.mark.parametrize("case, kind, data, model", [QUICK[0], QUICK[3]])
 def test_every_parameter_is_named_and_placed_so(case, kind, data, model):
-    many = on_mesh(case, kind, data, model)
+    many, mesh = on_mesh(case, kind, data, model), make_mesh(data, model)
     leaves, names = jax.tree.leaves(many.decoder), parameter_axes(many.decoder)
     assert len(leaves) == len(names)
     split = 0
     for leaf, axes in zip(leaves, names, strict=True):
         assert len(axes) == leaf.ndim
         assert set(axes) <= set(AXES)
-        assert leaf.sharding.spec == spec(axes)
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec(axes)), leaf.ndim)
         for size, name in zip(leaf.shape, axes, strict=True):
             assert size % {"model": model, "data": data, None: 1}[AXES[name]] == 0
         share = leaf.nbytes // (model if "model" in spec(axes) else 1)
