@@ -2,7 +2,8 @@
 
 Run on a GPU: `python benchmarks/kv_attention.py [--models qwen-7b] [--batches 8 32] [--contexts 2048] [--out FILE]`.
 Each row chains one call a layer over a stacked cache larger than the L2 cache, the output of one being the query of
-the next; time a call = (long run − short run) / calls, medians. `floor` is bytes read over the copy's bandwidth of this run.
+the next; time a call = (long run − short run) / calls, medians. `floor` is the bytes read over the copy's bandwidth,
+measured in the same run.
 """
 
 import argparse

@@ -283,10 +283,12 @@ def attend_decode(
     sliding_window: int | None = None,
     active_length: int | None = None,
     plan: Plan | None = None,
+    counters=None,
 ):
     """One new token a slot over the cache; see `op.attend_decode`. A length below 1 counts as 1.
 
     `active_length` is not needed: each slot's own length bounds what is read. `plan` overrides the tuned choice.
+    `counters`, int32 [B·G] of zeros, come back to zero: one array made outside a loop over layers saves a fill in each.
     """
     del active_length
     B, H, K = query_BHK.shape
@@ -311,7 +313,7 @@ def attend_decode(
         tuple(getattr(kv, name) for name in SCALES) if kv.quantized else (),
         lengths_B.astype(jnp.int32),
         jnp.asarray(layer, jnp.int32).reshape(1),
-        jnp.zeros(B * G, jnp.int32),
+        jnp.zeros(B * G, jnp.int32) if counters is None else counters,
         (key_bias_GK, *key_rotary) if biased else (),
     )
     return out.reshape(B, H, K)
