@@ -129,7 +129,7 @@ def fitted(tiling: Tiling, strips: int, chunks: int, group_size: int) -> Tiling:
 
 def cast(problem: Problem, refs, piece: int):
     """Operand A of a piece of a chunk, [64, 128 / pieces] in wgmma's layout: q − zero, scaled if `scales` is there."""
-    names, dtype, bits = list(refs), problem.dtype, problem.bits
+    names, dtype = list(refs), problem.dtype
     shape = (FEATURES, layout.CHUNK // problem.pieces)
 
     @plgpu.inline_mgpu(
@@ -139,32 +139,40 @@ def cast(problem: Problem, refs, piece: int):
     def run(ctx, *operands):
         del ctx
         named = dict(zip(names, operands, strict=True))
-        lane, warp = fragments.lane_and_warp()
-        pointer = fragments.address(
-            named["packed"], fragments.multiply_add(warp, 256 * bits, arith.shli(lane, fragments.i32(4)))
-        )
-        parts = range(piece * bits // (2 * problem.pieces), (piece + 1) * bits // (2 * problem.pieces))
-        loads = [fragments.load_shared(pointer, 512 * part, "v4.b32") for part in parts]
-        flat = [word for load in loads for word in load]
-        column = fragments.multiply_add(warp, layout.STRIP, arith.shrui(lane, fragments.i32(2)))
-        steps, registers = 8 // problem.pieces, []
-        group = None
-        for step in range(steps):
-            words = flat[step * bits // 4 : (step + 1) * bits // 4]
-            following = (piece * steps + step) * problem.groups // 8
-            if following != group:
-                group = following
-                minus, scales = _group_factors(problem, named, column, group)
-            numbers = fragments.integers(words, bits, dtype, minus, problem.symmetric)
-            if scales is not None:
-                numbers = [fragments.multiply(n, scales[i % 2], dtype) for i, n in enumerate(numbers)]
-            element = ir.BF16Type.get() if dtype == "bfloat16" else ir.F16Type.get()
-            registers.extend(utils.bitcast(n, ir.VectorType.get((2,), element)) for n in numbers)
+        element = ir.BF16Type.get() if dtype == "bfloat16" else ir.F16Type.get()
+        pair = ir.VectorType.get((2,), element)
+        registers = [utils.bitcast(word, pair) for word in cast_words(problem, named, piece)]
         kind = fragmented_array.WGMMA_LAYOUT
         shaped = np.asarray(registers, dtype=object).reshape(kind.registers_shape(shape))
         return fragmented_array.FragmentedArray(_registers=shaped, _layout=kind, _is_signed=None)
 
     return run(*refs.values())
+
+
+def cast_words(problem: Problem, named, piece: int):
+    """The registers of `cast`, each two numbers of x's type in an int32: four a 16-row step."""
+    dtype, bits, pieces = problem.dtype, problem.bits, problem.pieces
+    lane, warp = fragments.lane_and_warp()
+    pointer = fragments.address(
+        named["packed"], fragments.multiply_add(warp, 256 * bits, arith.shli(lane, fragments.i32(4)))
+    )
+    parts = range(piece * bits // (2 * pieces), (piece + 1) * bits // (2 * pieces))
+    loads = [fragments.load_shared(pointer, 512 * part, "v4.b32") for part in parts]
+    flat = [word for load in loads for word in load]
+    column = fragments.multiply_add(warp, layout.STRIP, arith.shrui(lane, fragments.i32(2)))
+    steps, registers = 8 // pieces, []
+    group = None
+    for step in range(steps):
+        words = flat[step * bits // 4 : (step + 1) * bits // 4]
+        following = (piece * steps + step) * problem.groups // 8
+        if following != group:
+            group = following
+            minus, scales = _group_factors(problem, named, column, group)
+        numbers = fragments.integers(words, bits, dtype, minus, problem.symmetric)
+        if scales is not None:
+            numbers = [fragments.multiply(n, scales[i % 2], dtype) for i, n in enumerate(numbers)]
+        registers.extend(numbers)
+    return registers
 
 
 def _group_factors(problem: Problem, named, column, group: int):
