@@ -91,7 +91,7 @@ def _rows(shape: AppendShape, block, layer, pointers):
     if rotary:
         table = token if shape.rotary == 1 else w.iadd(w.imul(slot, shape.tokens), token)
         base = w.imul(table, pairs)
-        cos, sin = ([w.load_floats(ref, w.imul(w.iadd(base, c), 4))[0] for c in channels[:mine]] for ref in rotary)
+        cos, sin = ([w.load_floats(_at(ref, w.iadd(base, c), 4), 0)[0] for c in channels[:mine]] for ref in rotary)
         low, high = x[:mine], x[mine:]
         x = [w.sub(w.mul(a, c), w.mul(b, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
         x += [w.fma(b, c, w.mul(a, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]

@@ -22,14 +22,14 @@ def table(shape: TileShape, cos, sin, slot, length: int):
     """Words of cos and sin of the first 16 positions, high parts then low, as mma's A operand holds them."""
     thread = Thread.here()
     pairs = shape.head_dim // 2
-    start = w.imul(slot, length * pairs * 4)
-    inverse = w.reciprocal(w.load_floats(cos, start)[0])  # cos 0 times the attention factor
+    cos, sin = (w.element(ref, w.imul(slot, length), 4 * pairs) for ref in (cos, sin))
+    inverse = w.reciprocal(w.load_floats(cos, 0)[0])  # cos 0 times the attention factor
     parts = [[], []]
     for half in range(2):
         row = w.imin(w.iadd(thread.g, 8 * half), length - 1)
         for chunk in range(shape.head_dim // 32):
             pair = w.iadd(w.imul(thread.t, 4), 16 * chunk)
-            where = w.iadd(start, w.imul(w.iadd(w.imul(row, pairs), pair), 4))
+            where = w.imul(w.iadd(w.imul(row, pairs), pair), 4)
             for c, s in zip(w.load_floats(cos, where, 4), w.load_floats(sin, where, 4), strict=True):
                 for part, word in zip(parts, split_halves(w.mul(c, inverse), w.mul(s, inverse)), strict=True):
                     part.append(word)
@@ -52,13 +52,13 @@ def terms(shape: TileShape, thread, query, pointers, head, slot, length):
         with_cos = w.mul(w.fma(q1, b1, w.mul(q2, b2)), w.f32(unit))
         with_sin = w.mul(w.sub(w.mul(q2, b1), w.mul(q1, b2)), w.f32(unit))
         w.store_floats(turned, w.imul(index, 8), [with_cos, with_sin])
-    start = w.imul(slot, length * pairs * 4)
-    inverse = w.reciprocal(w.load_floats(cos, start)[0])
+    cos, sin = (w.element(ref, w.imul(slot, length), 4 * pairs) for ref in (cos, sin))
+    inverse = w.reciprocal(w.load_floats(cos, 0)[0])
     row = w.imin(w.imul(thread.warp, 16 * shape.blocks), length - 1)
     rotation = []
     for piece in range(shape.pairs_a_lane):
         pair = w.imin(w.iadd(thread.lane, 32 * piece), pairs - 1)
-        where = w.iadd(start, w.imul(w.iadd(w.imul(row, pairs), pair), 4))
+        where = w.imul(w.iadd(w.imul(row, pairs), pair), 4)
         rotation += [w.mul(w.load_floats(table, where)[0], inverse) for table in (cos, sin)]
     return rotation
 
