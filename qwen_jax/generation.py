@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.block_sums import compiler_options
-from pallas_kernels.quantized_matmul.op import default_chip
+from pallas_kernels.chip import default_chip
 from qwen_jax.errors import NonFiniteLogitsError
 from qwen_jax.kv_cache import CacheState
 from qwen_jax.model import Decoder, Step
@@ -92,7 +92,7 @@ class Programs:
         self.vocabulary_width = model.config.vocab_size  # columns of logits; over devices possibly more
         self._leaves, structure = jax.tree.flatten(model)
         # The structure is a static argument, not a closure: models that are alike share what was compiled.
-        jitted = _jitted()
+        jitted = _jitted(default_chip())
         self._score = functools.partial(jitted.score, structure)
         self._prefill = functools.partial(jitted.prefill, structure)
         self._decode = functools.partial(jitted.decode, structure)
@@ -315,9 +315,9 @@ class _Jitted(NamedTuple):
 
 
 @functools.cache
-def _jitted() -> _Jitted:
-    """The compiled functions, shared by all models; made when a device is first asked for, never at import."""
-    jit = functools.partial(jax.jit, compiler_options=compiler_options(default_chip()))
+def _jitted(chip: str) -> _Jitted:
+    """The compiled functions for a chip, shared by all models; made with the first model: importing asks no device."""
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(chip))
     choices = ("filters", "logprobs")
     return _Jitted(
         score=jit(_score, static_argnums=0),

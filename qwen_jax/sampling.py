@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.argmax import argmax
-from pallas_kernels.quantized_matmul.op import default_chip
+from pallas_kernels.chip import default_chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.chip import default_chip
 from pallas_kernels.dense_matmul import layout, xla
 from pallas_kernels.dense_matmul.tensor import DenseTensor
-from pallas_kernels.quantized_matmul.op import Choice, check_operands, default_chip, log_choice
+from pallas_kernels.quantized_matmul.op import Choice, check_operands, log_choice
 
 
 def dense_matmul(
