@@ -10,6 +10,7 @@ from converters.huggingface import Checkpoint
 from pallas_kernels.dense_matmul import DenseTensor, quantize_head
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.config import ModelConfig
+from qwen_jax.converted_modules import ConvertedModules
 from qwen_jax.errors import CheckpointError
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
 from qwen_jax.loading import CheckpointWeights, kept_dtype, pack
@@ -46,13 +47,9 @@ def find(name: str | Path) -> Path:
 def open_weights(folder: Path, *, dtype: str, kernels: str, lm_head: str | None = None, mesh=None) -> Weights:
     """The parameters in `folder`, ready for `Decoder`."""
     if mesh is not None:
-        if orbax.is_checkpoint(folder):
-            raise CheckpointError(
-                f"{folder}: a converted checkpoint, which is not read onto a mesh yet; expected the Hugging Face "
-                "folder it was made from. Load that one."
-            )
+        source = ConvertedModules(folder) if orbax.is_checkpoint(folder) else Checkpoint(folder)
         int8_head = lm_head == "int8"
-        return ShardedWeights(Checkpoint(folder), mesh, dtype=dtype, kernels=kernels, int8_head=int8_head)
+        return ShardedWeights(source, mesh, dtype=dtype, kernels=kernels, int8_head=int8_head)
     if orbax.is_checkpoint(folder):
         weights = OrbaxWeights(folder, dtype=dtype, kernels=kernels)
     else:
@@ -66,8 +63,7 @@ def convert(source: str | Path, target: str | Path) -> None:
     Weights keep their bits and their dtype. The target holds configuration and tokenizer files too.
 
     Raises:
-        CheckpointError: the source cannot be read.
-        FileExistsError: the target exists.
+        CheckpointError: the source cannot be read, or the target exists.
     """
     folder = find(source)
     recorder = Recorder(CheckpointWeights(Checkpoint(folder), dtype="float32", prepack=False))

@@ -1,4 +1,4 @@
-"""`qwen-jax convert`: a Hugging Face checkpoint to our own, which loads faster."""
+"""`qwen-jax convert`: a Hugging Face checkpoint to our own, which loads faster, and back."""
 
 import pathlib
 import time
@@ -11,6 +11,7 @@ from .common import Debug, Json, Model, print_json, status
 EXAMPLES = """
 qwen-jax convert Qwen/Qwen-7B-Chat-Int4 qwen-7b-int4
 qwen-jax convert ./downloaded-folder ./converted && qwen-jax chat ./converted
+qwen-jax convert ./converted ./again        # back to the files AutoGPTQ and vLLM read, the same to the byte
 """
 
 
@@ -20,12 +21,15 @@ def run(
     json: Json = False,
     debug: Debug = False,
 ):
-    """Write a checkpoint in our own format, with the same weights."""
-    from ..checkpoint_store import convert
+    """Write a checkpoint in our own format, or one in our own format as a Hugging Face folder; the same weights."""
+    from converters import orbax
+
+    from ..checkpoint_store import convert, find
+    from ..export import export
 
     start = time.perf_counter()
     with status(f"Converting {source}"):
-        convert(source, target)
+        (export if orbax.is_checkpoint(find(source)) else convert)(source, target)
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     if json:
