@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from converters.folders import complete_or_absent, copy_side_files
 from qwen_jax.errors import CheckpointError
@@ -142,6 +143,13 @@ def restore(
     with _checkpointer() as checkpointer:
         state = checkpointer.restore(folder / ARRAYS, args=ocp.args.PyTreeRestore(found, restore_args=arguments))
     return state, metadata
+
+
+def read_array(folder: str | Path, name: str, index: int | None = None) -> np.ndarray:
+    """One array of a checkpoint, or its entry `index` along the first axis, read without the rest."""
+    store = {"driver": "file", "path": str(Path(folder).absolute() / ARRAYS / name)}
+    array = tensorstore.open({"driver": "zarr3", "kvstore": store}, open=True).result()
+    return np.asarray((array if index is None else array[index]).read().result())
 
 
 def _checkpointer() -> ocp.Checkpointer:

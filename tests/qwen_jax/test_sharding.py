@@ -9,13 +9,16 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import pallas_kernels.quantized_matmul as quantized
 from pallas_kernels.dense_matmul import DenseTensor
-from pallas_kernels.quantized_matmul import layout
+from pallas_kernels.quantized_matmul import layout, layout_mosaic_gpu
 from pallas_kernels.quantized_matmul.reference import dequantize
 from qwen_jax import QwenForCausalLM
+from qwen_jax.checkpoint_store import convert
 from qwen_jax.sampling import WHOLE, SamplingConfig, Vocabulary, device_sampler, sample
 from qwen_jax.sharded_programs import ShardedPrograms
-from qwen_jax.sharding import AXES, head_layout, parameter_axes, spec, split_rows, split_vocabulary
+from qwen_jax.sharded_weights import ShardedStack
+from qwen_jax.sharding import AXES, Placement, head_layout, parameter_axes, spec, split_rows, split_vocabulary
 from qwen_jax.weight_cuts import common_group_size, take_bias, take_columns, take_rows
 from tests.qwen_jax.test_golden import CASES, FOLDER, GOLDEN, decode_logits, golden, load, relative_error
 
@@ -216,6 +219,38 @@ def test_devices_get_their_share_and_nothing_else(monkeypatch):
     for sizes in sent.values():
         assert max(sizes) <= max(whole) / 8
         assert sum(sizes) < 1.5 * sum(whole) / 4  # 4 heads and 12 groups on 8 devices: some of the shares are empty
+
+
+@pytest.mark.parametrize("case", [ACT_ORDER, QWEN1, "qwen3-gptqmodel-int4-g32-dynamic-tied"])
+def test_a_converted_folder_fills_any_mesh(tmp_path, case):
+    folder = GOLDEN / case / "quantized"
+    convert(folder, tmp_path / "converted")
+    for mesh in (make_mesh(1, 3), make_mesh(2, 4)):
+        models = [
+            QwenForCausalLM.from_pretrained(f, dtype="float32", mesh=mesh) for f in (folder, tmp_path / "converted")
+        ]
+        leaves, others = (jax.tree.leaves(model.decoder) for model in models)
+        for leaf, other in zip(leaves, others, strict=True):
+            np.testing.assert_array_equal(leaf, other, strict=True)
+
+
+@pytest.mark.parametrize("axes", [("hidden", "mlp"), ("mlp", "hidden")])
+def test_a_kernels_layout_is_made_of_each_devices_share(monkeypatch, axes):
+    rng = np.random.default_rng(0)
+    scales = rng.random((2, 40)).astype(np.float16)
+    cuts = {
+        n: layout.from_integers(rng.integers(0, 16, (256, 40)), scales + n, bits=4, group_size=128) for n in range(4)
+    }
+    monkeypatch.setattr(quantized, "prepack", lambda weight, kernels: layout_mosaic_gpu.prepack(weight))
+    placement = Placement(make_mesh(2, 4))
+    stack = ShardedStack(placement, 3, axes, "auto")
+    stack.put(1, cuts)
+    for part in ("packed", "scales"):
+        for shard in getattr(stack.value, part).addressable_shards:
+            place = np.argwhere(placement.mesh.devices == shard.device)[0][1]
+            want = getattr(layout_mosaic_gpu.prepack(cuts[place]), part)
+            np.testing.assert_array_equal(np.asarray(shard.data)[1], want)
+            assert not np.asarray(shard.data)[[0, 2]].any()
 
 
 @pytest.mark.parametrize("case, gathers", [("qwen2-int4-per-channel", 0), (ACT_ORDER, 1)])
