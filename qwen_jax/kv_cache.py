@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.kv_attention import KVArrays, scale_dtype
 from qwen_jax.config import ModelConfig
@@ -66,7 +67,7 @@ class KVCache:
     @property
     def lengths(self):
         """int32 [B], tokens held in each slot."""
-        return self._peek().lengths_B[: self.slots]
+        return np.asarray(self._peek().lengths_B)[: self.slots]
 
     @property
     def nbytes_per_token(self) -> float:
