@@ -21,7 +21,7 @@ from qwen_jax.quantize.grids import HALF_MAX, PRECISION, Grid, find_grid, round_
 
 logger = logging.getLogger("qwen_jax")
 
-BLOCK = 128  # rows whose mutual corrections are made one by one; those of earlier rows come in one product
+BLOCK = 32  # rows whose mutual corrections are made one by one; those of earlier rows come in one product
 LARGEST_DAMP = 1.0
 
 ORDERS = ("natural", "activation", "group_aware")

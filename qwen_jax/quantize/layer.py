@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from converters.huggingface import Checkpoint
 from pallas_kernels.dense_matmul import DenseTensor
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
-from qwen_jax.model import DecoderLayer, Step
+from qwen_jax.model import DecoderLayer, Step, Weights
 from qwen_jax.rotary import dynamic_ntk_alpha, rotary
 
 OUTPUTS = {"attention": ("query", "key", "value"), "mlp": ("gate", "up")}
@@ -122,7 +123,8 @@ class Layer:
     def block(self) -> DecoderLayer:
         """The model's layer with the present matrices."""
         if self._block is None:
-            self._block = DecoderLayer(self.config, self, range(1), "auto")
+            # it asks for no more than a layer's own parameters
+            self._block = DecoderLayer(self.config, cast(Weights, self), range(1), "auto")
         return self._block
 
     def attention_input(self, hidden_BTD):

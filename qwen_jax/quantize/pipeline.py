@@ -81,9 +81,9 @@ def quantize(
 
         calibration = read_calibration(calibration, AutoTokenizer.from_pretrained(str(source)))
     rows = check_rows(calibration, checkpoint.config.vocab_size, checkpoint.config.max_position_embeddings)
-    dtype = default_dtype() if dtype == "auto" else dtype
     if devices is None:
         devices = jax.devices()[:1] if jax.default_backend() == "cpu" else jax.local_devices()
+    dtype = default_dtype(devices[0]) if dtype == "auto" else dtype
     wanted = _modules(checkpoint, settings)
     if not wanted:
         raise ValueError("dynamic: leaves every module in float; nothing to quantize.")

@@ -93,8 +93,8 @@ class Progress:
             static = json.loads(file.metadata()["static"])
         tensors = {}
         for path, numbers in static.items():
-            leaves = [stored.get(f"{path}.{leaf}") for leaf in LEAVES]
-            tensors[path] = QuantizedTensor(*leaves, **numbers)
+            leaves = {leaf: stored.get(f"{path}.{leaf}") for leaf in LEAVES}
+            tensors[path] = QuantizedTensor(**leaves, **numbers)
         return tensors
 
     def add(self, tensors: Mapping[str, QuantizedTensor], reports: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.reference import dequantize
 from qwen_jax.linear import RMSNorm
 from qwen_jax.quantize.activations import ActivationStore
-from qwen_jax.quantize.gptq import QuantizedMatrix, quantize_matrix
+from qwen_jax.quantize.gptq import MatrixSettings, QuantizedMatrix, quantize_matrix
 from qwen_jax.quantize.hessian import Moments
 from qwen_jax.quantize.layer import Layer, normed
 from qwen_jax.quantize.settings import QuantizeSettings
@@ -249,7 +249,7 @@ class Streams:
         if moments is None:
             return
         hessian_II = moments.hessian(self._first)
-        alike: dict[object, list[str]] = {}
+        alike: dict[MatrixSettings, list[str]] = {}
         for path in paths:
             if (matrix := self._settings(number, path)) is not None:
                 alike.setdefault(matrix, []).append(path)
