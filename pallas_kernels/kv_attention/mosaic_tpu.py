@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.kv_attention import mosaic_tpu_append, xla
+from pallas_kernels.kv_attention import mosaic_tpu_append, mosaic_tpu_prompt
 from pallas_kernels.kv_attention.tensor import KVArrays
 
 MASKED = -1e30
@@ -48,8 +48,8 @@ def form(shape, chip: str) -> str:
 
 
 def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
-    """Writes T tokens of one layer; see `op.append`. One token a slot by a kernel, a prompt by XLA."""
-    module = mosaic_tpu_append if key_BTGK.shape[1] == 1 else xla
+    """Writes T tokens of one layer; see `op.append`."""
+    module = mosaic_tpu_append if key_BTGK.shape[1] == 1 else mosaic_tpu_prompt
     return module.append(kv, layer, key_BTGK, value_BTGK, start_B)
 
 

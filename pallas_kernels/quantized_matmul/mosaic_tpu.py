@@ -1,7 +1,8 @@
 """Quantized matmul on TPUs in Pallas Mosaic TPU: the file's own words, read once; few rows or many.
 
-The layout "mosaic_tpu" is "gptq" but for the dtype of float16 scales: Mosaic takes no float16, so they are kept as
-int16, bit for bit. Layout "gptq" runs too; float16 scales of one layer are then converted before every call.
+The layout "mosaic_tpu" is "gptq" with the same words. Float16 scales, which Mosaic does not take, are kept as int16,
+bit for bit, and rows are padded to whole tiles. Layout "gptq" runs too; float16 scales of a layer are then converted
+before every call.
 """
 
 import dataclasses
@@ -84,13 +85,36 @@ def run(x_MI: jax.Array, weight: QuantizedTensor, layer, bias_O, chip: str) -> j
 
 
 def prepack(weight: QuantizedTensor) -> QuantizedTensor:
-    """From layout "gptq": the same arrays, float16 scales as int16."""
-    return dataclasses.replace(weight, scales=_reinterpret(weight.scales, "float16", "int16"), layout=LAYOUT)
+    """From layout "gptq": float16 scales as int16, rows of every array padded with zeros to a multiple of 8."""
+    return dataclasses.replace(
+        weight,
+        packed=_pad_rows(weight.packed),
+        scales=_pad_rows(_reinterpret(weight.scales, "float16", "int16")),
+        zeros=None if weight.zeros is None else _pad_rows(weight.zeros),
+        layout=LAYOUT,
+    )
 
 
 def unpack(weight: QuantizedTensor) -> QuantizedTensor:
     """The inverse of `prepack`."""
-    return dataclasses.replace(weight, scales=_reinterpret(weight.scales, "int16", "float16"), layout="gptq")
+    words = -(-weight.in_features * weight.bits // 32)
+    return dataclasses.replace(
+        weight,
+        packed=weight.packed[..., :words, :],
+        scales=_reinterpret(weight.scales[..., : weight.groups, :], "int16", "float16"),
+        zeros=None if weight.zeros is None else weight.zeros[..., : weight.groups, :],
+        layout="gptq",
+    )
+
+
+def _pad_rows(array):
+    # XLA lays a stack out so that the least is padded: rows that do not fill tiles of 8 would be moved behind the
+    # layers, and the whole stack copied back in every program.
+    padding = -array.shape[-2] % 8
+    if not padding:
+        return array
+    pad = np.pad if isinstance(array, np.ndarray) else jnp.pad
+    return pad(array, ((0, 0),) * (array.ndim - 2) + ((0, padding), (0, 0)))
 
 
 def _reinterpret(array, old: str, new: str):
