@@ -76,10 +76,9 @@ class ConvertedModules:
         if columns is not None:
             bias = None if bias is None else bias[columns]
             place = (columns, slice(None)) if statics["kind"] == "dense" else (slice(None), columns)
-            leaves |= {
-                leaf: None if leaves[leaf] is None else np.ascontiguousarray(leaves[leaf][place])
-                for leaf in ("packed", "scales", "zeros", "data")
-            }
+            for leaf in ("packed", "scales", "zeros", "data"):
+                if (array := leaves[leaf]) is not None:
+                    leaves[leaf] = np.ascontiguousarray(array[place])
         if statics.pop("kind") == "quantized":
             leaves.pop("data")
             return Module(QuantizedTensor(**leaves, **statics), bias)
@@ -87,8 +86,7 @@ class ConvertedModules:
 
     def read_vector(self, path: str) -> np.ndarray:
         """See `Checkpoint.read_vector`."""
-        name, layer = self._stacked(path)
-        return self._read(name, layer)
+        return orbax.read_array(self.folder, *self._stacked(path))
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
