@@ -145,7 +145,7 @@ def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmet
         begin = schedule.first_of(worker, total)
         todo = schedule.first_of(worker + 1, total) - begin
         count, first = schedule.tiles_of(lengths, slot)
-        cursor = (slot, (begin - before) // count, (begin - before) % count, count, first)
+        cursor = (slot, lax.div(begin - before, count), lax.rem(begin - before, count), count, first)
 
         def copy(stage, cursor):
             slot, head, tile, _, first = cursor
@@ -175,21 +175,22 @@ def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmet
         def segment(carry):
             done, cursor, ahead = carry
             slot, head, tile, count, first = cursor
-            run = jnp.minimum(count - tile, todo - done)
-            plgpu.barrier_wait(barriers.at[done % stages])
+            run = lax.min(count - tile, todo - done)
+            stage = lax.rem(done, stages)
+            plgpu.barrier_wait(barriers.at[stage])
             start_bias, table = None, shared_table
             if biased:
                 table_slot = slot if table_slots > 1 else zero
                 if table_slots > 1:
                     table = arithmetic.table(*bias[1:], slot)
                 start_bias = (bias[0], head, *bias[1:], table_slot, smem["turned"])
-            setup, state = arithmetic.start(smem["query"].at[done % stages], start_bias)
-            valid = jnp.clip(lengths[slot], 1, length)
+            setup, state = arithmetic.start(smem["query"].at[stage], start_bias)
+            valid = lax.clamp(1, lengths[slot], length)
             oldest = zero if window is None else valid - window
 
             def step(index, carry):
                 state, ahead = carry
-                stage = (done + index) % stages
+                stage = lax.rem(done + index, stages)
 
                 @pl.when(index > 0)
                 def _():
@@ -228,7 +229,7 @@ def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmet
             )
             if whole:
 
-                @pl.when(jnp.logical_not(complete))
+                @pl.when(run < count)
                 def _():
                     start = begin + done - tile
                     low, high = schedule.worker_of(start, total), schedule.worker_of(start + count - 1, total)

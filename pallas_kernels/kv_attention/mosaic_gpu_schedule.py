@@ -21,6 +21,9 @@ from pallas_kernels.kv_attention.mosaic_gpu_fragments import scalar
 class Schedule:
     """Static facts of the division.
 
+    Its methods are for use inside a kernel, where jax.numpy's `//`, `%` and `where` do not lower if the arrays come
+    with a mesh (they reshard their constants): hence lax.div, lax.rem and sums.
+
     Attributes:
         slots: B.
         kv_heads: G.
@@ -39,20 +42,21 @@ class Schedule:
 
     def tiles_of(self, lengths, slot):
         """(tiles, first tile) of each item of a slot, from the lengths' reference."""
-        valid = jnp.clip(lengths[jnp.minimum(slot, self.slots - 1)], 1, self.length)
-        first = jnp.int32(0) if self.window is None else jnp.maximum(valid - self.window, 0) // self.tokens
-        return (valid + self.tokens - 1) // self.tokens - first, first
+        valid = lax.clamp(1, lengths[lax.min(slot, self.slots - 1)], self.length)
+        first = jnp.int32(0) if self.window is None else lax.div(lax.max(valid - self.window, 0), self.tokens)
+        return lax.div(valid + self.tokens - 1, self.tokens) - first, first
 
     def advance(self, lengths, cursor):
         """The next place in the list of a cursor (slot, head, tile, tiles of the item, first tile)."""
         slot, head, tile, count, first = cursor
-        wrap = tile + 1 >= count
-        head = jnp.where(wrap, head + 1, head)
-        next_slot = head >= self.kv_heads
-        slot = jnp.where(next_slot, slot + 1, slot)
+        wrap = (tile + 1 >= count).astype(jnp.int32)
+        head = head + wrap
+        leave = head >= self.kv_heads
+        leaving = leave.astype(jnp.int32)
+        slot = slot + leaving
         # Lengths are read only when the slot changes: the load's latency would be in every tile's way.
-        count, first = lax.cond(next_slot, lambda: self.tiles_of(lengths, slot), lambda: (count, first))
-        return slot, jnp.where(next_slot, 0, head), jnp.where(wrap, 0, tile + 1), count, first
+        count, first = lax.cond(leave, lambda: self.tiles_of(lengths, slot), lambda: (count, first))
+        return slot, head * (1 - leaving), (tile + 1) * (1 - wrap), count, first
 
     def first_of(self, worker, total):
         """The first tile of a worker's part of `total`: floor(worker · total / active), kept within 32 bits.
@@ -60,13 +64,13 @@ class Schedule:
         `active` is the number of workers, or of tiles where these are fewer: every active worker then has a tile, which
         counting an item's slices by the distance of its first and last worker relies on.
         """
-        active = jnp.minimum(total, self.workers)
-        worker = jnp.minimum(worker, active)
-        return worker * (total // active) + worker * (total % active) // active
+        active = lax.min(total, self.workers)
+        worker = lax.min(worker, active)
+        return worker * lax.div(total, active) + lax.div(worker * lax.rem(total, active), active)
 
     def worker_of(self, tile, total):
         """Whose part a tile lies in."""
-        return ((tile + 1) * jnp.minimum(total, self.workers) - 1) // total
+        return lax.div((tile + 1) * lax.min(total, self.workers) - 1, total)
 
     @property
     def fits(self) -> bool:

@@ -5,6 +5,7 @@ division of the work, the ring of copies with race detection, segments, slices a
 lowered here and run by the tests marked gpu.
 """
 
+import functools
 import importlib.util
 import pathlib
 
@@ -190,8 +191,7 @@ def check_appended(before, got, layer, turned, value, start):
 # -- lowering --------------------------------------------------------------------------------------------
 
 
-def abstract(L, B, G, S, K, cache, dtype="bfloat16"):
-    array = jax.ShapeDtypeStruct
+def abstract(L, B, G, S, K, cache, array=jax.ShapeDtypeStruct):
     scales = [array((L, B, G, S), jnp.float16)] * 4 if cache == "uint8" else []
     return KVArrays(*[array((L, B, G, S, K), jnp.dtype(cache))] * 2, *scales)
 
@@ -202,7 +202,9 @@ def abstract(L, B, G, S, K, cache, dtype="bfloat16"):
      ("bfloat16", 8, 64, None, 64), ("float16", 1, 128, None, None)],
 )  # fmt: skip
 def test_attention_lowers_for_cuda(cache, share, head_dim, bias, window):
-    array, dtype = jax.ShapeDtypeStruct, "float16" if cache == "float16" else "bfloat16"
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), "x")  # arrays that know of a mesh lower by other ways
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=jax.NamedSharding(mesh, jax.P()) if window else None)
+    dtype = "float16" if cache == "float16" else "bfloat16"
     B, G, S = 4, 2, 1024
     tables = (array((B if bias == "slots" else 1, S, head_dim // 2), jnp.float32),) * 2
     lowered = (
@@ -213,7 +215,7 @@ def test_attention_lowers_for_cuda(cache, share, head_dim, bias, window):
         )
         .trace(
             array((B, G * share, head_dim), jnp.dtype(dtype)),
-            abstract(3, B, G, S, head_dim, cache),
+            abstract(3, B, G, S, head_dim, cache, array),
             array((), jnp.int32),
             array((B,), jnp.int32),
             array((G, head_dim), jnp.bfloat16) if bias else None,
