@@ -11,7 +11,6 @@ from safetensors.numpy import save_file
 
 from converters import compressed_tensors, gptq, names
 from converters.folders import complete_or_absent, copy_side_files
-from pallas_kernels.dense_matmul.tensor import DenseTensor
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 from qwen_jax.config import ModelConfig, QuantizationConfig
 from qwen_jax.quantization_config import ModuleSettings
@@ -28,7 +27,7 @@ class Module:
         bias: [out]; None where there is none or an all-zero one.
     """
 
-    weight: QuantizedTensor | DenseTensor
+    weight: Any
     bias: np.ndarray | None = None
 
 

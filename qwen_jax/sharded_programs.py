@@ -7,6 +7,7 @@ Rows of a batch lie on "data", padded with copies of the last where they do not 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -94,8 +95,9 @@ class ShardedPrograms(Programs):
         rows = len(lengths_B)
         ids_BT, lengths_B, seed_B = (self._pad(array) for array in (ids_BT, lengths_B, seed_B))
         for chunk in super().stream(ids_BT, lengths_B, cache, sampling, seed_B, *arguments, **options):
-            parts = (getattr(chunk, field.name) for field in dataclasses.fields(chunk))
-            yield Chunk(*(None if part is None else part[:rows] for part in parts))
+            parts = {field.name: getattr(chunk, field.name) for field in dataclasses.fields(chunk)}
+            kept: dict[str, Any] = {name: None if part is None else part[:rows] for name, part in parts.items()}
+            yield Chunk(**kept)
 
     # -- hooks of `Programs.stream` ------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ into its place of a stack: the host holds one module, a device never more than i
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +175,9 @@ class ShardedWeights(CheckpointWeights):
     def _vocabulary(self, weight, bias, head: bool = False) -> VocabularyLinear:
         ids_NV = split_vocabulary(self.config.vocab_size, self.placement.model)
         axes = ("hidden", "vocabulary")
-        cuts = {number: self._kept(take_columns(weight, ids_NV[number])) for number in self.placement.numbers}
+        cuts: dict[int, Any] = {}
+        for number in self.placement.numbers:
+            cuts[number] = self._kept(take_columns(weight, ids_NV[number]))
         if head and self.int8_head and isinstance(weight, DenseTensor):
             cuts = {number: quantize_head(cut) for number, cut in cuts.items()}
         del weight
@@ -229,7 +232,7 @@ class ShardedStack:
 
     def __init__(self, placement: Placement, count: int, axes, kernels: str):
         self.placement, self.count, self.axes, self.kernels = placement, count, axes, kernels
-        self.value = None
+        self.value: Any = None
 
     def put(self, index: int, cuts: dict[int, QuantizedTensor | DenseTensor]) -> None:
         """Writes one matrix, given as its piece for each place on the "model" axis."""

@@ -8,7 +8,7 @@ the one table that says where a name lies.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -85,7 +85,7 @@ def tensor_axes(weight: QuantizedTensor | DenseTensor, axes: tuple[str, str]):
     """
     stack = ("layers",) if weight.stack else ()
     rows, columns = axes
-    natural = dict.fromkeys(("gptq", "mosaic_tpu", "plain", "row_pairs"), (rows, columns))
+    natural: dict[str, tuple[str, str]] = dict.fromkeys(("gptq", "mosaic_tpu", "plain", "row_pairs"), (rows, columns))
     natural["transposed"] = (columns, rows)
 
     def names(array, order):
@@ -266,7 +266,7 @@ class Placement:
         arrays = [jax.device_put(pieces[number], device) for number, device in self._devices]
         return jax.make_array_from_single_device_arrays(tuple(shape), self.sharding(names), arrays)
 
-    def put_tree(self, pieces: dict[int, object], names):
+    def put_tree(self, pieces: Mapping[int, object], names):
         """`put` for each array of equal trees; `names` is a tree of the same shape with tuples of names."""
         flat = {number: jax.tree.leaves(tree) for number, tree in pieces.items()}
         structure = jax.tree.structure(pieces[self.numbers[0]])

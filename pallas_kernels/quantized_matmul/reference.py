@@ -5,7 +5,7 @@ import numpy as np
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
 
-def dequantize(weight: QuantizedTensor, dtype=np.float64) -> np.ndarray:
+def dequantize(weight: QuantizedTensor, dtype: type = np.float64) -> np.ndarray:
     """The matrix itself, [*stack, in, out], rows in the order of the *inputs* (act-order undone).
 
     w[permutation[r], o] = scales[r // group_size, o] · (q[r, o] − zeros[r // group_size, o]).
