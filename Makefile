@@ -23,9 +23,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# PYTEST passes options on: make pytest PYTEST="-k sampling -x"
+# PYTEST passes options on: make pytest PYTEST="-k sampling -x -n 0". Two processes, each with whole files of tests.
 pytest: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --timeout 300 $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 600 $(PYTEST)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
