@@ -106,10 +106,16 @@ def _matches(value, rule) -> bool:
     return rule[0] <= value <= rule[1] if isinstance(rule, list) else value == rule
 
 
+def _aligned(count: int, size: int) -> int:
+    """`count` elements of `size` bytes, and as many more as make whole 128 bytes: where TMA may write a stage."""
+    return next(more for more in range(count, count + 128) if more * size % 128 == 0)
+
+
 def shared_bytes(shape: TileShape, stages: int) -> int:
     """Shared memory of a block."""
-    stage = 2 * shape.tokens * shape.head_dim * shape.itemsize + 2 * shape.share * shape.head_dim
-    stage += 8 * shape.tokens * shape.quantized + 4 * shape.head_dim * (shape.bias_dtype is not None)
+    stage = 2 * shape.tokens * shape.head_dim * shape.itemsize
+    stage += 2 * shape.head_dim * _aligned(shape.share, 2 * shape.head_dim) + 8 * shape.tokens * shape.quantized
+    stage += 2 * 4 * _aligned(shape.head_dim // 2, 4) * (shape.bias_dtype is not None)
     turned = 4 * shape.share * shape.head_dim * (shape.bias_dtype is not None)
     return stages * stage + turned + 4 * shape.scratch + 1024
 
@@ -139,6 +145,12 @@ def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmet
     biased = shape.bias_dtype is not None
     names = SCALES if shape.quantized else ()
 
+    def asked(smem, stage):
+        return smem["query"].at[stage, pl.ds(0, share)]
+
+    def turn(smem, name, stage):
+        return smem[name].at[stage, pl.ds(0, K // 2)]
+
     def body(query, keys, values, scales, lengths, layer, counters, bias, out, partial, statistics, smem, barriers):
         worker, layer = lax.axis_index("worker"), layer[0]
         total, slot, before = arithmetic.locate(schedule, lengths, worker)
@@ -154,11 +166,11 @@ def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmet
             for source, name in cached:
                 where = source.at[layer, slot, head, pl.ds(row, tokens)]
                 plgpu.copy_gmem_to_smem(where, smem[name].at[stage], barrier)
-            plgpu.copy_gmem_to_smem(query.at[slot, head], smem["query"].at[stage], barrier)
+            plgpu.copy_gmem_to_smem(query.at[slot, head], asked(smem, stage), barrier)
             if biased:
                 table = slot if table_slots > 1 else 0
                 for source, name in zip(bias[1:], ("cos", "sin"), strict=True):
-                    plgpu.copy_gmem_to_smem(source.at[table, row], smem[name].at[stage], barrier)
+                    plgpu.copy_gmem_to_smem(source.at[table, row], turn(smem, name, stage), barrier)
 
         def issue(stage, cursor):
             @plgpu.warp_map  # the other warps skip the copies' address arithmetic
@@ -184,7 +196,7 @@ def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmet
                 if table_slots > 1:
                     table = arithmetic.table(*bias[1:], slot)
                 start_bias = (bias[0], head, *bias[1:], table_slot, smem["turned"])
-            setup, state = arithmetic.start(smem["query"].at[stage], start_bias)
+            setup, state = arithmetic.start(asked(smem, stage), start_bias)
             valid = lax.clamp(1, lengths[slot], length)
             oldest = zero if window is None else valid - window
 
@@ -199,7 +211,7 @@ def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmet
                 base = (tile + index + first) * tokens
                 tile_bias = None
                 if biased:
-                    tile_bias = (table, *(smem[name].at[stage] for name in ("cos", "sin")))
+                    tile_bias = (table, turn(smem, "cos", stage), turn(smem, "sin", stage))
                     tile_bias += (smem["turned"], smem["scratch"])
                 state = arithmetic.tile(
                     setup,
@@ -249,10 +261,10 @@ def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmet
     smem = {name: plgpu.SMEM((stages, tokens), jnp.float16) for name in names}
     for name in ("keys", "values"):
         smem[name] = plgpu.SMEM((stages, tokens, K), cache, transforms=cache_transforms(shape))
-    smem["query"] = plgpu.SMEM((stages, share, K), jnp.dtype(shape.dtype))
+    smem["query"] = plgpu.SMEM((stages, _aligned(share, 2 * K), K), jnp.dtype(shape.dtype))
     smem["scratch"] = plgpu.SMEM((shape.scratch,), jnp.float32)
     if biased:
-        smem["cos"] = smem["sin"] = plgpu.SMEM((stages, K // 2), jnp.float32)
+        smem["cos"] = smem["sin"] = plgpu.SMEM((stages, _aligned(K // 2, 4)), jnp.float32)
         smem["turned"] = plgpu.SMEM((share, K // 2, 2), jnp.float32)
     copies = 3 + len(names) + 2 * biased
     slices = plan.workers + items
