@@ -21,9 +21,7 @@ def pytest_sessionstart(session):
     # Asserted, for a test over eight devices that silently runs on one proves nothing.
     count = len(jax.devices("cpu"))
     if count != CPU_DEVICES:
-        raise pytest.UsageError(
-            f"tests need {CPU_DEVICES} CPU devices, JAX was used before conftest.py: {count}"
-        )
+        raise pytest.UsageError(f"tests need {CPU_DEVICES} CPU devices, JAX was used before conftest.py: {count}")
 
 
 def pytest_collection_modifyitems(items):

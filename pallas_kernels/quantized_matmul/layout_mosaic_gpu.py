@@ -79,9 +79,7 @@ def unpack(weight: QuantizedTensor) -> QuantizedTensor:
     if weight.layout != LAYOUT:
         raise ValueError(f"unpack takes layout {LAYOUT!r}, got {weight.layout!r}.")
     columns = weight.out_features
-    packed = _each_layer(
-        functools.partial(_unpack, bits=weight.bits, rows=weight.in_features, columns=columns), weight
-    )
+    packed = _each_layer(functools.partial(_unpack, bits=weight.bits, rows=weight.in_features, columns=columns), weight)
 
     def trim(array):
         return None if array is None else array[..., : weight.groups, :columns]
@@ -123,9 +121,7 @@ def _pack(packed, *, bits: int, rows: int):
     """One matrix, from the words of layout "gptq"."""
     per_word, columns = 32 // bits, packed.shape[1]
     shifts = jnp.arange(per_word, dtype=jnp.int32)[:, None] * bits
-    q_IO = lax.shift_right_logical(
-        packed[:, None], jnp.broadcast_to(shifts, (packed.shape[0], per_word, columns))
-    )
+    q_IO = lax.shift_right_logical(packed[:, None], jnp.broadcast_to(shifts, (packed.shape[0], per_word, columns)))
     q_IO = (q_IO & (2**bits - 1)).reshape(-1, columns)[:rows]
     count, strips = chunks(rows), -(-columns // PADDING) * PADDING // STRIP
     q_IO = jnp.pad(q_IO, ((0, count * CHUNK - rows), (0, strips * STRIP - columns)))

@@ -259,9 +259,7 @@ def load_global(ref: ir.Value, index: ir.Value, dtype: str) -> ir.Value:
 def store_row(ref: ir.Value, row: ir.Value, column: ir.Value, words, columns: int) -> None:
     """Stores 16-bit numbers, two a word, side by side in one row of a [.., columns] ref; none past the last."""
     i16, i64 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(64)
-    index = arith.addi(
-        arith.muli(arith.extui(i64, row), utils.c(columns, i64)), arith.extui(i64, column)
-    )
+    index = arith.addi(arith.muli(arith.extui(i64, row), utils.c(columns, i64)), arith.extui(i64, column))
     pointer, count = global_pointer(ref, index, i16), len(words)
     if columns % (2 * count) == 0:
         names = ", ".join(f"${i + 1}" for i in range(count))
@@ -281,9 +279,7 @@ def store_floats(ref: ir.Value, row: ir.Value, column: ir.Value, values, columns
     index = arith.addi(arith.muli(arith.extui(i64, row), utils.c(columns, i64)), arith.extui(i64, column))
     if columns % 4 == 0:
         pointer = global_pointer(ref, index, f32_type())
-        utils.inline_ptx(
-            "st.global.v4.f32 [$0], {$1, $2, $3, $4};", pointer, *values, has_side_effects=True
-        )
+        utils.inline_ptx("st.global.v4.f32 [$0], {$1, $2, $3, $4};", pointer, *values, has_side_effects=True)
         return
     for place, value in enumerate(values):
         inside = arith.cmpi(arith.CmpIPredicate.ult, arith.addi(column, i32(place)), i32(columns))

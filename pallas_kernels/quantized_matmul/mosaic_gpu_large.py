@@ -168,9 +168,7 @@ def _body(problem: Problem, inputs, out_gmem, scratch, portable: bool):
                 oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
             )
         columns = pl.ds(stage * tiling.chunks * layout.CHUNK, tiling.chunks * layout.CHUNK)
-        plgpu.copy_gmem_to_smem(
-            inputs["x"].at[pl.ds(row, tiling.rows), columns], scratch["x_smem"].at[slot], barrier
-        )
+        plgpu.copy_gmem_to_smem(inputs["x"].at[pl.ds(row, tiling.rows), columns], scratch["x_smem"].at[slot], barrier)
         for part in range(tiling.chunks):
             group = lax.div((stage * tiling.chunks + part) * layout.CHUNK, problem.group_size)
             for name in ("scales", "zeros"):

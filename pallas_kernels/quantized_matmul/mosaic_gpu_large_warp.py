@@ -229,14 +229,10 @@ def _store_whole(problem: Problem, x_smem, out, bias, tiles, warpgroup, start, f
     feature = fragments.multiply_add(warp, layout.STRIP, arith.shrui(lane, fragments.i32(2)))
     column = fragments.multiply_add(warpgroup, FEATURES, start)
     if bias is not None:
-        added = [
-            _bias(problem, bias, arith.addi(column, arith.addi(feature, fragments.i32(high)))) for high in (0, 8)
-        ]
+        added = [_bias(problem, bias, arith.addi(column, arith.addi(feature, fragments.i32(high)))) for high in (0, 8)]
         tiles = [[arith.addf(value, added[index // 2]) for index, value in enumerate(tile)] for tile in tiles]
     token = arith.shli(arith.andi(lane, fragments.i32(3)), fragments.i32(1))
-    pointer = arith.addi(
-        base, fragments.multiply_add(token, stride, arith.shli(feature, fragments.i32(1)))
-    )
+    pointer = arith.addi(base, fragments.multiply_add(token, stride, arith.shli(feature, fragments.i32(1))))
     for index, tile in enumerate(tiles):
         for high in (0, 1):
             pair = fragments.narrow(tile[2 * high], tile[2 * high + 1], problem.dtype)

@@ -94,12 +94,8 @@ def _compiled(problem: Problem, names: tuple[str, ...], portable: bool):
         "packed_smem": plgpu.SMEM((*ring, WARPS, tiling.strips, 64 * problem.bits), jnp.int32),
         "x_smem": plgpu.SMEM((*ring, problem.rows, STAGE + X_PADDING), jnp.dtype(problem.dtype)),
         "scales_smem": plgpu.SMEM((*ring, problem.group_rows, problem.columns), jnp.dtype(problem.scale_dtype)),
-        "partial_smem": plgpu.SMEM(
-            (tiling.warpgroups * WARPS, problem.rows, problem.partial_stride), jnp.float32
-        ),
-        "full": plgpu.Barrier(
-            num_arrivals=_arrivals(problem, WARPS), num_barriers=tiling.warpgroups * tiling.slots
-        ),
+        "partial_smem": plgpu.SMEM((tiling.warpgroups * WARPS, problem.rows, problem.partial_stride), jnp.float32),
+        "full": plgpu.Barrier(num_arrivals=_arrivals(problem, WARPS), num_barriers=tiling.warpgroups * tiling.slots),
         "done": plgpu.Barrier(num_arrivals=tiling.warpgroups),
     }
     if problem.x_tiled:
@@ -150,9 +146,7 @@ def _body(problem: Problem, inputs, out_gmem, scratch, multiply, finish):
 
     def copy_stage(stage, slot, chunks: int):
         barrier, refs = scratch["full"].at[warpgroup * tiling.slots + slot], slot_refs(slot)
-        bulk = functools.partial(
-            plgpu.copy_gmem_to_smem, barrier=barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-        )
+        bulk = functools.partial(plgpu.copy_gmem_to_smem, barrier=barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
         for index in range(chunks):
             chunk = stage * WARPS + index
             bulk(weight("packed").at[chunk, pl.ds(strip, tiling.strips)], refs["packed_smem"].at[index])

@@ -197,9 +197,7 @@ def _warp_products(problem: Problem, refs, stage, lane, warp, sums):
         starts = [[scaled(tile, [middle] * 2) for tile in group] for group in x_sums]
     results = []
     for strip in range(strips):
-        loads = [
-            fragments.load_shared(packed, strip * unit_bytes + 512 * part, "v4.b32") for part in range(bits // 2)
-        ]
+        loads = [fragments.load_shared(packed, strip * unit_bytes + 512 * part, "v4.b32") for part in range(bits // 2)]
         flat = [word for load in loads for word in load]
         words = [flat[step * bits // 4 : (step + 1) * bits // 4] for step in range(8)]
         totals = [sums[strip * tiles + tile] for tile in range(tiles)]
@@ -294,9 +292,7 @@ def _store_block(problem: Problem, partial, out, added, start, first):
         present = arith.andi(present, arith.cmpi(arith.CmpIPredicate.ult, index, fragments.i32(total)))
         with utils.when(present):
             source = arith.addi(base, fragments.multiply_add(fragments.multiply_add(row, stride, column), 4))
-            parts = [
-                fragments.load_shared(source, 4 * warp * problem.rows * stride, "f32") for warp in range(warps)
-            ]
+            parts = [fragments.load_shared(source, 4 * warp * problem.rows * stride, "f32") for warp in range(warps)]
             value = functools.reduce(arith.addf, parts)
             place = fragments.multiply_add(row, problem.out_features, where)
             if "bias" in added:

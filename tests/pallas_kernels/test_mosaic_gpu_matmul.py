@@ -238,8 +238,9 @@ def test_tuned_entries_fit_and_are_used():
         for rows in by_rows:
             shape = MatmulShape(int(rows), int(in_features), int(out_features), int(bits), layout=mosaic_gpu.LAYOUT)
             tiling, origin = mosaic_gpu.choose_tiling(shape, CHIP)
-            assert origin == "tuned" and list(vars(tiling).values())[: len(by_rows[rows]["tiling"])] == (
-                by_rows[rows]["tiling"]
+            assert (
+                origin == "tuned"
+                and list(vars(tiling).values())[: len(by_rows[rows]["tiling"])] == (by_rows[rows]["tiling"])
             )
     assert mosaic_gpu.choose_tiling(MatmulShape(1, 4096, 11008), "NVIDIA H200")[1] == "computed"
 
