@@ -23,7 +23,7 @@ ALLOWED = {
 # package: the third-party modules that it may import; None: whatever the project depends on
 LIBRARIES = {
     "pallas_kernels": {"jax", "jaxlib", "numpy", "ml_dtypes"},
-    "converters": {"jax", "numpy", "ml_dtypes", "safetensors", "orbax", "etils"},
+    "converters": {"jax", "numpy", "ml_dtypes", "safetensors", "orbax", "tensorstore", "etils"},
 }
 OURS = ("qwen_jax", "pallas_kernels", "converters")
 
