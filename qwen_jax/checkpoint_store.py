@@ -47,7 +47,8 @@ def find(name: str | Path) -> Path:
 def open_weights(folder: Path, *, dtype: str, kernels: str, lm_head: str | None = None, mesh=None) -> Weights:
     """The parameters in `folder`, ready for `Decoder`."""
     if mesh is not None:
-        source = ConvertedModules(folder) if orbax.is_checkpoint(folder) else Checkpoint(folder)
+        # ConvertedModules has the reading side of a Checkpoint, all that is wanted here
+        source = cast(Checkpoint, ConvertedModules(folder)) if orbax.is_checkpoint(folder) else Checkpoint(folder)
         int8_head = lm_head == "int8"
         return ShardedWeights(source, mesh, dtype=dtype, kernels=kernels, int8_head=int8_head)
     if orbax.is_checkpoint(folder):
