@@ -17,7 +17,9 @@ from qwen_jax import QwenForCausalLM
 from qwen_jax.errors import CheckpointError
 from qwen_jax.quantize import QuantizeSettings, quantize
 from qwen_jax.quantize import pipeline as pipeline_module
+from qwen_jax.quantize import streams as streams_module
 from qwen_jax.quantize.activations import ActivationStore
+from qwen_jax.quantize.gptq import quantize_matrix
 from qwen_jax.quantize.layer import Layer
 from qwen_jax.quantize.round_to_nearest import round_to_nearest
 from qwen_jax.quantize.streams import Streams, batches
@@ -186,6 +188,51 @@ def test_calibration_and_propagation_are_used(tmp_path):
     first, last = words["one"]
     assert (words["one"][first] == words["alone"][first]).all()  # nothing is quantized before it
     assert (words["one"][last] != words["alone"][last]).any()
+
+
+@pytest.mark.parametrize("path", ["attention.output", "mlp.down", "mlp.gate"])
+def test_moments_are_the_streams_own(path, tmp_path, monkeypatch):
+    """H and the cross moments of a later layer, in float64 from what the two streams hold when it is quantized."""
+    store, seen = ActivationStore(1 << 30, tmp_path), {}
+    checkpoint = Checkpoint(source(QWEN2))
+    streams = Streams(
+        checkpoint, ROWS, SMALL, dtype="float32", store=store, devices=jax.devices()[:1], report=lambda report: None
+    )
+
+    def capture(weight_IO, hessian_II, settings, *, cross_IO, where):
+        if f"layers.1.{path}" in where:
+            kept = (
+                ("hidden", "float_hidden") if path == "mlp.gate" else ("hidden", "float_hidden", "inner", "float_inner")
+            )
+            seen["streams"] = [
+                {name: np.array(store.get(name, b)) for name in kept} for b in range(len(streams.batches))
+            ]
+            seen["got"] = np.array(weight_IO), np.array(hessian_II), np.array(cross_IO)
+        return quantize_matrix(weight_IO, hessian_II, settings, cross_IO=cross_IO, where=where)
+
+    monkeypatch.setattr(streams_module, "quantize_matrix", capture)
+    streams.start()
+    for layer in range(2):
+        streams.quantize_layer(layer)
+    weight_IO, hessian_II, cross_IO = (each.astype(np.float64) for each in seen["got"])
+    square_II, product_IO, tokens = 0, 0, 0
+    scale = checkpoint.read_vector("layers.1.mlp_norm.scale").astype(np.float64)
+    for batch, held in zip(streams.batches, seen["streams"], strict=True):
+        for row, length in enumerate(batch.lengths_B):
+            part = {name: array[row, :length].astype(np.float64) for name, array in held.items()}
+            if path == "mlp.gate":
+                x, exact = (
+                    h / np.sqrt((h * h).mean(-1, keepdims=True) + checkpoint.config.norm_epsilon) * scale
+                    for h in (part["hidden"], part["float_hidden"])
+                )
+                missing = (exact - x) @ weight_IO
+            else:
+                x = part["inner"]
+                missing = (part["float_inner"] - x) @ weight_IO + part["float_hidden"] - part["hidden"]
+            square_II, product_IO, tokens = square_II + x.T @ x, product_IO + x.T @ missing, tokens + length
+    assert tokens == sum(map(len, ROWS))
+    for got, want in ((hessian_II, square_II / tokens), (cross_IO, product_IO / tokens)):
+        assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
 
 
 def test_devices_and_disk_change_nothing(tmp_path):
