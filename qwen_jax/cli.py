@@ -9,7 +9,8 @@ import typer
 
 from . import __version__
 
-COMMANDS = ("demo", "chat", "generate", "convert", "quantize", "eval", "info", "bench")  # in the order of --help
+# In the order of --help.
+COMMANDS = ("demo", "chat", "generate", "convert", "quantize", "eval", "info", "plan", "bench")
 
 
 def build(names=COMMANDS) -> typer.Typer:

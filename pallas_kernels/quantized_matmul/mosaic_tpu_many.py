@@ -24,6 +24,7 @@ TOP_BITS = {4: -0x77777778, 8: -0x7F7F7F80}
 CHUNK = 2048
 BLOCK_ROWS = 256
 COLUMNS = 256  # of a dot
+LANES = 128
 
 
 def many_tiles(in_features: int, group_size: int) -> Tiles:
@@ -40,7 +41,7 @@ def run(x_MI: jax.Array, weight: QuantizedTensor, scales, zeros, layer, bias_O, 
     depth_blocks = -(-cut.count // block_tiles)
     depth = block_tiles * TILE
     packed = weight.packed if weight.stack else weight.packed[None]
-    columns = 1024 if out >= 8192 else 512 if out >= 512 else -(-out // 128) * 128
+    columns = 1024 if out >= 8192 else 512 if out >= 512 else -(-out // LANES) * LANES
     chunk = min(CHUNK, -(-rows // 16) * 16)
     block_rows = min(BLOCK_ROWS, chunk)
     chunks, row_blocks = -(-rows // chunk), -(-chunk // block_rows)
@@ -122,6 +123,7 @@ def _body(layer_ref, x_ref, packed_ref, scales_ref, *refs, cut, bits, block_tile
     k, row_block = pl.program_id(2), pl.program_id(3)
     last = pl.num_programs(2) - 1
     columns = out_ref.shape[1]
+    width = COLUMNS if columns % COLUMNS == 0 else LANES
 
     @pl.when(row_block == 0)
     def _():
@@ -131,30 +133,32 @@ def _body(layer_ref, x_ref, packed_ref, scales_ref, *refs, cut, bits, block_tile
             if has_zeros:
                 center[0][...] = zeros_ref[...].astype(jnp.int32).astype(jnp.float32) - float(2 ** (bits - 1))
 
-        width = min(512, columns)
-        for first in range(0, columns, width):
-            at = slice(first, first + width)
-            zero = center[0] if has_zeros else None
+        zero = center[0] if has_zeros else None
 
-            def dequantize(index, _, at=at, zero=zero):
-                tile = k * block_tiles + index
-                _dequantize_tile(packed_ref, weight, scale, zero, index, tile, at, cut, bits)
-                return 0
+        def dequantize(place, _):
+            index, part = lax.div(place, jnp.int32(columns // width)), lax.rem(place, jnp.int32(columns // width))
+            at = pl.ds(pl.multiple_of(part * width, width), width)
+            _dequantize_tile(packed_ref, weight, scale, zero, index, k * block_tiles + index, at, cut, bits)
+            return 0
 
-            lax.fori_loop(0, block_tiles, dequantize, 0)
+        lax.fori_loop(0, block_tiles * (columns // width), dequantize, 0)
 
-    for first in range(0, columns, COLUMNS):
-        at = slice(first, min(first + COLUMNS, columns))
+    def multiply(part, _):
+        at = pl.ds(pl.multiple_of(part * width, width), width)
         product = jnp.dot(x_ref[...], weight[:, at], preferred_element_type=jnp.float32)
 
         @pl.when(k == 0)
-        def _(product=product, at=at):
+        def _():
             start = jnp.broadcast_to(bias_ref[:, at], product.shape) + product if has_bias else product
             sums[row_block, :, at] = start
 
         @pl.when(k > 0)
-        def _(product=product, at=at):
+        def _():
             sums[row_block, :, at] += product
+
+        return 0
+
+    lax.fori_loop(0, columns // width, multiply, 0)
 
     @pl.when(k == last)
     def _():

@@ -19,7 +19,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.kv_cache import CacheState
 from qwen_jax.model import Decoder
 from qwen_jax.plan.abstract import AbstractWeights, Storage, bytes_of_a_device
-from qwen_jax.plan.chips import Topology
+from qwen_jax.plan.chips import RESERVED, Topology
 from qwen_jax.sharded_programs import ShardedPrograms
 from qwen_jax.sharding import DATA, MODEL
 
@@ -56,6 +56,11 @@ class Compiled:
     def peak(self) -> int:
         """Memory of a chip while it runs."""
         return self.arguments + self.temporaries
+
+
+def fits(compiled: Compiled, topology: Topology) -> bool:
+    """Whether the program's memory leaves a chip what the runtime reserves."""
+    return compiled.peak <= topology.chip.memory * (1 - RESERVED)
 
 
 def missing() -> str | None:

@@ -35,7 +35,7 @@ CHIPS = {
     for chip in (
         Chip("v5e", "TPU v5 lite", 16 * GIB, 819e9, 197e12, 200e9, 1e-6),
         Chip("v5p", "TPU v5", 95 * GIB, 2765e9, 459e12, 600e9, 1e-6),
-        Chip("v6e", "TPU v6 lite", 32 * GIB, 1640e9, 918e12, 400e9, 1e-6),
+        Chip("v6e", "TPU v6 lite", 32 * GIB, 1640e9, 918e12, 448e9, 1e-6),
         Chip("l4", "NVIDIA L4", 24e9, 300e9, 121e12, 32e9, 20e-6, "gpu"),
         Chip("a100", "NVIDIA A100-SXM4-80GB", 80 * GIB, 2039e9, 312e12, 300e9, 20e-6, "gpu"),
         Chip("h100", "NVIDIA H100 80GB HBM3", 80 * GIB, 3350e9, 989e12, 450e9, 20e-6, "gpu"),
