@@ -3,8 +3,8 @@
 #
 #   sh scripts/setup.sh VENV EXTRA        e.g. sh scripts/setup.sh .venv demo
 #
-# The interpreter is the first of these that is CPython 3.12 or newer and can make virtual environments: $PYTHON,
-# python3.13, python3.12, python3.14, python3, python on PATH, then pyenv's and uv's versions.
+# The interpreter is $PYTHON or, without it, the first of these that is CPython 3.12 or newer and can make virtual
+# environments: python3.13, python3.12, python3.14, python3, python on PATH, then pyenv's and uv's versions.
 set -eu
 
 venv=$1
@@ -27,11 +27,15 @@ PYTHON
 }
 
 candidates() {
-    [ -z "${PYTHON:-}" ] || echo "$PYTHON"
+    if [ -n "${PYTHON:-}" ]; then
+        echo "$PYTHON"
+        return
+    fi
     for name in python3.13 python3.12 python3.14 python3 python; do
         command -v "$name" || true
     done
-    for root in "${PYENV_ROOT:-}" "$HOME/.pyenv" "$(pyenv root 2>/dev/null || true)"; do
+    pyenv=$(command -v pyenv || true)
+    for root in "${PYENV_ROOT:-}" "$HOME/.pyenv" "${pyenv%/bin/pyenv}"; do
         for series in 3.13 3.12 3.14 3; do
             [ -z "$root" ] || ls -d "$root"/versions/"$series".*/bin/python3 2>/dev/null || true
         done
