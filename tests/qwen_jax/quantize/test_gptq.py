@@ -98,7 +98,7 @@ def name(settings):
     return kind + ("-static" if settings.static_groups else "")
 
 
-@pytest.mark.parametrize("block", [16, 48, 1000])
+@pytest.mark.parametrize("block", [16, 1000])
 @pytest.mark.parametrize("settings", CASES, ids=name)
 def test_the_papers_numbers_whatever_the_block_size(settings, block):
     x_TI, weight_IO, hessian_II = correlated()
@@ -112,11 +112,10 @@ def test_the_papers_numbers_whatever_the_block_size(settings, block):
     assert got.error == pytest.approx(loss(got_IO, weight_IO, x_TI) / np.linalg.norm(x_TI @ weight_IO) ** 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("search", [False, True])
-@pytest.mark.parametrize("settings", CASES, ids=name)
-def test_error_on_its_own_inputs_is_below_roundings(settings, search):
+@pytest.mark.parametrize("settings", CASES[::2], ids=name)
+def test_error_on_its_own_inputs_is_below_roundings(settings):
     x_TI, weight_IO, hessian_II = correlated()
-    settings = dataclasses.replace(settings, scale_search=search)
+    settings = dataclasses.replace(settings, scale_search=True)
     got_IO = dequantize(quantize_matrix(weight_IO, hessian_II, settings).tensor)
     rounded = round_to_nearest(
         weight_IO, bits=settings.bits, group_size=min(settings.group_size, 96), symmetric=settings.sym
