@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 import pallas_kernels.dense_matmul as dense
 import pallas_kernels.quantized_matmul as quantized
@@ -61,7 +61,7 @@ class AbstractWeights:
         kernels: as in `from_pretrained`; layouts are those of `default_chip()`.
     """
 
-    def __init__(self, config: ModelConfig, storage: Storage, mesh: Mesh, kernels: str = "auto"):
+    def __init__(self, config: ModelConfig, storage: Storage, mesh: Mesh | AbstractMesh, kernels: str = "auto"):
         self.whole_config, self.storage, self.mesh, self.kernels = config, storage, mesh, kernels
         self.devices = mesh.shape[MODEL]
         self.layout = head_layout(config.num_heads, config.num_kv_heads, self.devices)

@@ -80,6 +80,7 @@ def devices(topology: Topology) -> list:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling uses no TPU, so that others may run beside it
     from jax.experimental import topologies
 
     shape = topology.shape
@@ -161,6 +162,7 @@ def compile_step(
         compiled = lowered.compile()
         seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None  # TPU programs have both
     watched = [leaf for leaf in jax.tree.leaves((decoder, cache.kv))]
     return Compiled(
         weights=bytes_of_a_device(decoder),
