@@ -74,7 +74,7 @@ def write(table: dict) -> None:
         f"{table['date']}, {versions}. Int4 weights (groups of 128), 16-bit head, 8-bit cache, batch {BATCH}, room for "
         f"{CONTEXT} tokens a row. GB of each chip. Nothing here ran on a TPU: `python benchmarks/aot/refresh.py`.",
         "",
-        "| model | chips | mesh | program | weights | cache | arguments | temporaries | weights or cache copied | fits |",
+        "| model | chips | mesh | program | weights | cache | arguments | temporaries | copies of either | fits |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in table["programs"]:

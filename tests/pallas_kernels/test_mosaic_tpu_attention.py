@@ -60,7 +60,8 @@ def interpreted(function, *arguments, **options):
         (8, 8, 256, 128, True, False, 1, False),
     ],
 )
-def test_decode(heads, kv_heads, length, head_dim, quantized, bias, window, slot_tables):
+def test_decode(monkeypatch, heads, kv_heads, length, head_dim, quantized, bias, window, slot_tables):
+    monkeypatch.setattr(mosaic_tpu, "BLOCK_BYTES", 1)  # blocks of 128 tokens: several of them
     rng = np.random.default_rng(2)
     lengths = np.array([length, 1, 131], np.int32)
     kv = filled((2, 3, kv_heads, length, head_dim), quantized, lengths)
