@@ -1,6 +1,7 @@
-"""`qwen-jax eval`: perplexity of a text, and what quantization changed."""
+"""`qwen-jax eval`: perplexity of a text, what quantization changed, and lm-eval's tasks."""
 
 import dataclasses
+import importlib.util
 import pathlib
 import sys
 import time
@@ -13,19 +14,31 @@ from .common import Debug, Dtype, Json, Kernels, Kv8, Model, print_json
 EXAMPLES = """
 qwen-jax eval ./int4 --text book.txt
 qwen-jax eval ./float --text book.txt --limit 8192 --compare ./int8 --compare ./int4
+qwen-jax eval ./int4 --task mmlu --task gsm8k --fewshot 5
+qwen-jax eval ./int4 --task mine --include-path ./tasks --chat-template
 """
 
 
 def run(
     model: Model,
-    text: Annotated[pathlib.Path, typer.Option(help="A UTF-8 text file.", metavar="FILE")],
+    text: Annotated[pathlib.Path | None, typer.Option(help="A UTF-8 text file.", metavar="FILE")] = None,
     window: Annotated[int, typer.Option(help="Tokens that go through the model at once.", min=2)] = 1024,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: they do not overlap.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many tokens.", min=2)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many tokens, or questions of a task.")] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(help="A model to hold against MODEL, the float one; repeatable.", metavar="MODEL"),
     ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task of lm-eval; repeatable.", metavar="NAME")] = None,
+    include_path: Annotated[
+        pathlib.Path | None, typer.Option(help="Tasks from YAML files in this folder, and no others.", metavar="DIR")
+    ] = None,
+    fewshot: Annotated[int | None, typer.Option(help="Examples before a question.", min=0)] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask tasks as a chat.")] = False,
+    unsafe_code: Annotated[
+        bool, typer.Option("--unsafe-code", help="Run code that the model writes (HumanEval) on this machine.")
+    ] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Rows at once in tasks.", min=1)] = None,
     kv8: Kv8 = False,
     dtype: Dtype = "auto",
     kernels: Kernels = "auto",
@@ -35,13 +48,33 @@ def run(
     """Measure the perplexity of a text; with --compare also how far quantized models are from the float one.
 
     With --kv8 predictions come from the 8-bit KV cache, token by token, which takes long; with --compare each model is
-    then measured both ways.
+    then measured both ways. Tasks need the package lm-eval: pip install "qwen-jax[eval]".
     """
     from ..causal_lm import QwenForCausalLM
     from ..checkpoint_store import find
     from ..evaluate.compare import compare as compare_models
     from ..evaluate.perplexity import perplexity
     from ..tokenizer import AutoTokenizer
+
+    if (text is None) == (not task):
+        raise ValueError("Give one of --text FILE and --task NAME.")
+    if task:
+        loaded = QwenForCausalLM.from_pretrained(model, dtype=dtype, kernels=kernels, use_cache_quantization=kv8)
+        tokenizer = AutoTokenizer.from_pretrained(str(find(model)))
+        results = _harness().run_tasks(
+            loaded,
+            tokenizer,
+            task,
+            include_path=None if include_path is None else str(include_path),
+            num_fewshot=fewshot,
+            limit=limit,
+            chat_template=chat_template,
+            unsafe_code=unsafe_code,
+            batch_size=batch_size,
+        )
+        _tasks(model, results, json)
+        return
+    assert text is not None
 
     tokenizer = AutoTokenizer.from_pretrained(str(find(model)))
     try:
@@ -75,6 +108,27 @@ def run(
         print_json({"model": model, "text": str(text), "tokens": len(ids), "perplexity": value, "seconds": seconds})
     else:
         print(f"perplexity {value:.3f} over {len(ids)} tokens in {seconds:.1f} s")
+
+
+def _harness():
+    """The adapter, or an error that says how to install what it needs."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError('--task: the package lm-eval is not installed; pip install "qwen-jax[eval]".')
+    from ..evaluate import harness
+
+    return harness
+
+
+def _tasks(model: str, results: dict, json: bool) -> None:
+    numbers = {
+        task: {name.partition(",")[0]: value for name, value in metrics.items() if isinstance(value, float)}
+        for task, metrics in results.items()
+    }
+    if json:
+        print_json({"model": model, "tasks": numbers})
+        return
+    for task, metrics in numbers.items():
+        print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
 def _table(rows) -> None:
