@@ -8,7 +8,7 @@ import functools
 import logging
 
 from pallas_kernels.chip import default_chip
-from pallas_kernels.kv_attention import mosaic_tpu, xla
+from pallas_kernels.kv_attention import mosaic_tpu, mosaic_tpu_prefill, xla
 from pallas_kernels.kv_attention.tensor import KVArrays
 
 KERNELS = {"mosaic_tpu": mosaic_tpu, "xla": xla}  # best first; xla takes everything
@@ -130,10 +130,15 @@ def attend_decode(
 def attend_prefill(query_BTHK, key_BTGK, value_BTGK, lengths_B, *, scale: float, sliding_window: int | None = None):
     """Causal attention among the tokens of a prompt, right-padded rows of `lengths_B` valid tokens.
 
-    On a GPU in 16 bits it is cuDNN's flash attention through `jax.nn.dot_product_attention`; elsewhere XLA, in blocks
-    of queries. Rows past a length hold arbitrary finite numbers.
+    On a GPU in 16 bits it is cuDNN's flash attention through `jax.nn.dot_product_attention`, on a TPU JAX's splash
+    attention where shapes allow; elsewhere XLA, in blocks of queries. Rows past a length hold arbitrary finite numbers.
 
     Returns:
         [B, T, H, K] in the dtype of the query.
     """
+    tokens, head_dim = query_BTHK.shape[1], query_BTHK.shape[3]
+    if mosaic_tpu_prefill.unsupported(tokens, head_dim, str(query_BTHK.dtype), default_chip()) is None:
+        return mosaic_tpu_prefill.attend_prefill(
+            query_BTHK, key_BTGK, value_BTGK, scale=scale, sliding_window=sliding_window
+        )
     return xla.attend_prefill(query_BTHK, key_BTGK, value_BTGK, lengths_B, scale=scale, sliding_window=sliding_window)

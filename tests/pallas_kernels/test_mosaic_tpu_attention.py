@@ -9,7 +9,17 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
-from pallas_kernels.kv_attention import KVArrays, choose, mosaic_tpu, reference, scale_dtype, xla
+from pallas_kernels.chip import compiling_for
+from pallas_kernels.kv_attention import (
+    KVArrays,
+    attend_prefill,
+    choose,
+    mosaic_tpu,
+    mosaic_tpu_prefill,
+    reference,
+    scale_dtype,
+    xla,
+)
 from pallas_kernels.kv_attention.op import AttentionShape
 from tests.pallas_kernels.tpu_traffic import count_bytes
 
@@ -124,6 +134,32 @@ def test_xla_reads_and_writes_float16_kept_as_bits():
         strict=True,
     ):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_prefill(window):
+    """Two rows of a batch, the second shorter; what stands behind its length is seen by no valid query."""
+    rng = np.random.default_rng(6)
+    T, lengths = 256, np.array([256, 130], np.int32)
+    query, key, value = (jnp.asarray(rng.normal(0.2, 1, (2, T, heads, 128)), jnp.bfloat16) for heads in (4, 2, 2))
+    with compiling_for("TPU v5 lite"):
+        got = interpreted(
+            attend_prefill, query, key, value, jnp.asarray(lengths), scale=128**-0.5, sliding_window=window
+        )
+    query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
+    logits = np.einsum("BTGQK,BSGK->BGQTS", query.reshape(2, T, 2, 2, 128), key) * 128**-0.5
+    place = np.arange(T)
+    seen = place <= place[:, None]
+    if window is not None:
+        seen &= place > place[:, None] - window
+    weight = np.exp(np.where(seen, logits - logits.max(-1, keepdims=True), -np.inf))
+    want = np.einsum("BGQTS,BSGK->BTGQK", weight / weight.sum(-1, keepdims=True), value).reshape(2, T, 4, 128)
+    for row, length in enumerate(lengths):
+        error = np.asarray(got, np.float64)[row, :length] - want[row, :length]
+        assert np.linalg.norm(error) < LIMIT * np.linalg.norm(want[row, :length])
+    assert mosaic_tpu_prefill.unsupported(200, 128, "bfloat16", "TPU v5") is not None
+    assert "bfloat16, not float32" in mosaic_tpu_prefill.unsupported(256, 128, "float32", "TPU v5")
+    assert mosaic_tpu_prefill.unsupported(256, 128, "bfloat16", "cpu") == "it needs a TPU"
 
 
 def test_float16_bits():
