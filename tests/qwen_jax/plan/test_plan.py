@@ -6,7 +6,6 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from qwen_jax import cli
 from qwen_jax.bench.models import MODELS
 from qwen_jax.plan import abstract, chips
 from qwen_jax.plan.abstract import AbstractWeights, Storage
@@ -76,6 +75,9 @@ def test_errors():
 
 
 def test_command(capsys):
+    pytest.importorskip("typer", reason="the command line is not installed")
+    from qwen_jax import cli
+
     def run(*arguments):
         with pytest.raises(SystemExit) as done:
             cli.main(["plan", *arguments])
