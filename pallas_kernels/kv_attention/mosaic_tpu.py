@@ -24,6 +24,7 @@ from pallas_kernels.kv_attention.tensor import KVArrays
 MASKED = -1e30
 BLOCK_BYTES = 512 << 10  # of keys
 LONGEST_BLOCK = 1024
+LONGEST_BIASED_BLOCK = 512  # whose tables are loaded, too
 LANES = 128
 PARTS = 3
 HEADS_A_TURN = 4  # independent work for the scheduler
@@ -70,7 +71,9 @@ def attend_decode(
     G, S = kv.keys.shape[2:4]
     share = H // G
     rows = 1 if share == 1 else -(-share // 8) * 8
+    biased = kv.quantized and key_bias_GK is not None
     tokens = block_length(G, K, S, kv.keys.dtype.itemsize)
+    tokens = min(tokens, LONGEST_BIASED_BLOCK) if biased else tokens
     longest = min(active_length or S, S)
     blocks = -(-longest // tokens)
     if sliding_window is not None:
@@ -95,7 +98,6 @@ def attend_decode(
     in_specs += [pl.BlockSpec((None, None, G, tokens, K), cache_index)] * 2
     operands = [padded(query_BHK), kv.keys, kv.values]
     scratch = [pltpu.VMEM((G, rows, LANES), jnp.float32)] * 2 + [pltpu.VMEM((G, rows, K), jnp.float32)]
-    biased = kv.quantized and key_bias_GK is not None
     if kv.quantized:
         in_specs += [pl.BlockSpec((None, None, G, tokens), scale_index)] * 4
         operands += [kv.key_scales, kv.key_minimums, kv.value_scales, kv.value_minimums]

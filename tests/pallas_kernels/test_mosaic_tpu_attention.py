@@ -186,15 +186,15 @@ def test_choice_and_dtype_of_scales():
 @pytest.mark.parametrize(("heads", "kv_heads", "bias"), [(32, 32, False), (28, 4, True)])
 def test_traffic(monkeypatch, heads, kv_heads, bias):
     """Valid blocks once; a slot of half the length costs half. With a bias, tables of one block and coefficients."""
-    struct, S, K = jax.ShapeDtypeStruct, 2048, 128
-    scales = [struct((4, 2, kv_heads, S), jnp.int16)] * 4
-    kv = KVArrays(*[struct((4, 2, kv_heads, S, K), jnp.uint8)] * 2, *scales)
+    struct, B, S, K = jax.ShapeDtypeStruct, 8, 2048, 128
+    scales = [struct((4, B, kv_heads, S), jnp.int16)] * 4
+    kv = KVArrays(*[struct((4, B, kv_heads, S, K), jnp.uint8)] * 2, *scales)
     options = {"scale": 0.1, "key_bias_GK": None, "key_rotary": None, "sliding_window": None, "active_length": None}
     if bias:
         options["key_bias_GK"] = jnp.zeros((kv_heads, K))
         options["key_rotary"] = (jnp.ones((1, S, K // 2)),) * 2
-    query = jnp.zeros((2, heads, K), jnp.bfloat16)
-    call = lambda: mosaic_tpu.attend_decode(query, kv, 3, jnp.array([S, S // 2]), **options)  # noqa: E731
-    (moved,) = count_bytes(monkeypatch, call, [np.array([3, S, S // 2])])
-    cache = kv_heads * (S + S // 2) * (2 * K + 8)
-    assert cache < moved < 1.05 * cache if not bias else moved < 1.35 * cache
+    query, lengths = jnp.zeros((B, heads, K), jnp.bfloat16), np.array([S] * 7 + [S // 2])
+    call = lambda: mosaic_tpu.attend_decode(query, kv, 3, jnp.asarray(lengths), **options)  # noqa: E731
+    (moved,) = count_bytes(monkeypatch, call, [np.array([3, *lengths])])
+    cache = kv_heads * int(lengths.sum()) * (2 * K + 8)
+    assert cache < moved < 1.05 * cache
