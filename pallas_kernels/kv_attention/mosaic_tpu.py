@@ -103,17 +103,17 @@ def attend_decode(
         operands += [kv.key_scales, kv.key_minimums, kv.value_scales, kv.value_minimums]
         scratch.append(pltpu.VMEM((4, G, tokens), jnp.float32))
     if biased:
-        straight, crossed, base, table = _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens, S)
+        coefficients, base, table = _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens, S)
         of_slot = (lambda slot: slot) if table.shape[0] > 1 else (lambda slot: 0)
-        in_specs += [pl.BlockSpec((None, G * rows, K), lambda slot, block, scalars: (slot, 0, 0))] * 2
         in_specs += [
+            pl.BlockSpec((None, G * rows, K), lambda slot, block, scalars: (slot, 0, 0)),
             pl.BlockSpec(
                 (None, None, 2, K),
                 lambda slot, block, scalars: (of_slot(slot), token_block(slot, block, scalars), 0, 0),
             ),
             pl.BlockSpec((None, PARTS, tokens, K), lambda slot, block, scalars: (of_slot(slot), 0, 0, 0)),
         ]
-        operands += [straight, crossed, base, table]
+        operands += [coefficients, base, table]
         scratch.append(pltpu.VMEM((G * rows, tokens), jnp.float32))
     scalars = jnp.concatenate([jnp.asarray(layer, jnp.int32)[None], lengths_B.astype(jnp.int32)])
     cache_bytes = B * G * longest * (2 * K * kv.keys.dtype.itemsize + (8 if kv.quantized else 0))
@@ -137,7 +137,7 @@ def attend_decode(
 
 
 def _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens: int, length: int):
-    """Coefficients [B, heads, K] of (cos, sin) and of (−sin, cos) of a block's start; base angles; first block's table.
+    """Coefficients [B, heads, K] of cos and sin; cos, and sin and −sin, of each block's start; the first block's table.
 
     With c = q₁b₁ + q₂b₂ and s = q₂b₁ − q₁b₂ a bias adds c · cos p + s · sin p; for p = start + i that is
     (c · cos start + s · sin start) · cos i + (s · cos start − c · sin start) · sin i.
@@ -148,14 +148,14 @@ def _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens: int, leng
     bias_first, bias_second = jnp.split(jnp.repeat(key_bias_GK.astype(jnp.float32), share, axis=0)[None], 2, axis=-1)
     with_cos = first * bias_first + second * bias_second
     with_sin = second * bias_first - first * bias_second
-    straight = padded(jnp.concatenate([with_cos, with_sin], -1)).reshape(B, -1, K)
-    crossed = padded(jnp.concatenate([with_sin, -with_cos], -1)).reshape(B, -1, K)
+    coefficients = padded(jnp.concatenate([with_cos, with_sin], -1)).reshape(B, -1, K)
     cos, sin = key_rotary
     # Both tables carry YaRN's factor, which must count once; at position 0 the cosine is the factor itself.
     factor = cos[:, :1]
     block_starts = np.arange(0, length, tokens)
-    starts = [table[:, block_starts] / factor for table in (cos, sin)]
-    base = jnp.stack([jnp.concatenate([start, start], -1) for start in starts], 2)  # [B or 1, blocks, 2, K]
+    start_cos, start_sin = (table[:, block_starts] / factor for table in (cos, sin))
+    halves = jnp.concatenate([start_cos, start_cos, start_sin, -start_sin], -1)
+    base = halves.reshape(*halves.shape[:2], 2, K)
     rest = jnp.concatenate([cos[:, :tokens], sin[:, :tokens]], -1)
     rest = jnp.pad(rest, ((0, 0), (0, max(tokens - length, 0)), (0, 0)))
     parts = []
@@ -163,13 +163,13 @@ def _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens: int, leng
         part = lax.reduce_precision(rest, 8, 7)
         parts.append(part.astype(jnp.bfloat16))
         rest = rest - part
-    return straight, crossed, base, jnp.stack(parts, 1)
+    return coefficients, base, jnp.stack(parts, 1)
 
 
 def _body(scalars, query_ref, keys_ref, values_ref, *refs, scale, length, window, quantized, biased):
     refs = list(refs)
     scale_refs = [refs.pop(0) for _ in range(4)] if quantized else []
-    bias_refs = [refs.pop(0) for _ in range(4)] if biased else []
+    bias_refs = [refs.pop(0) for _ in range(3)] if biased else []
     out_ref, highest, total, attended, *rest = refs
     slot, block = pl.program_id(0), pl.program_id(1)
     heads, rows, _ = query_ref.shape
@@ -249,9 +249,12 @@ def _as_bfloat16(units, middle: int = 0):
     return (units.astype(jnp.int32) - middle).astype(jnp.float32).astype(jnp.bfloat16)
 
 
-def _bias_logits(straight, crossed, base, table):
+def _bias_logits(coefficients, base, table):
     """float32 [heads, tokens] of one block; see `_bias_operands`."""
-    rest = straight[...] * base[0:1] + crossed[...] * base[1:2]
+    straight = coefficients[...]
+    half = straight.shape[1] // 2
+    crossed = jnp.concatenate([straight[:, half:], straight[:, :half]], axis=1)
+    rest = straight * base[0:1] + crossed * base[1:2]
     parts = []
     for _ in range(PARTS):
         part = rest.astype(jnp.bfloat16)
