@@ -1,7 +1,9 @@
 """The `qwen-jax` command: finds the subcommand's module in `commands`, runs it, and turns errors into one line."""
 
 import importlib
+import importlib.util
 import os
+import pathlib
 import sys
 from typing import Annotated
 
@@ -11,6 +13,9 @@ from . import __version__
 
 # In the order of --help.
 COMMANDS = ("demo", "chat", "generate", "convert", "quantize", "eval", "info", "plan", "bench")
+
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+PCI_DEVICES = pathlib.Path("/sys/bus/pci/devices")
 
 
 def build(names=COMMANDS) -> typer.Typer:
@@ -34,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = next((word for word in arguments if not word.startswith("-")), None)
     completing = "_QWEN_JAX_COMPLETE" in os.environ
+    _pass_over_absent_tpu()
     app = build((command,) if command in COMMANDS and not completing else COMMANDS)
     try:
         app(arguments, prog_name="qwen-jax")
@@ -47,6 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"qwen-jax: {_one_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _pass_over_absent_tpu() -> None:
+    """Tells JAX not to look for a TPU where libtpu is installed, for compiling ahead of time, but there is none.
+
+    Else it writes several errors to the terminal, and takes a second and 300 MB. Google's PCI devices are TPUs or network
+    cards: with a card JAX looks all the same.
+    """
+    packages = {name: importlib.util.find_spec(name) is not None for name in ("libtpu", *CUDA_PLUGINS)}
+    vendors = (path.read_text().strip() for path in PCI_DEVICES.glob("*/vendor"))
+    if packages.pop("libtpu") and not any(packages.values()) and "0x1ae0" not in vendors:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _print_version(wanted: bool) -> None:

@@ -202,3 +202,22 @@ def test_demo_from_nothing(tmp_path):
     assert first["checkpoint_bytes"] < 0.45 * first["checkpoint_bytes_in_bf16"]
     assert second["first_token_seconds"] < first["first_token_seconds"]
     assert first["new_tokens"] > 20 and first["decode_tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("installed", "vendor", "platforms"),
+    [
+        ({"libtpu"}, "0x8086", "cpu"),
+        ({"libtpu"}, "0x1ae0", None),  # a TPU, or Google's network card: JAX has to look
+        ({"libtpu", "jax_cuda13_plugin"}, "0x10de", None),
+        (set(), "0x8086", None),
+    ],
+)
+def test_jax_is_told_when_there_is_no_tpu(monkeypatch, tmp_path, installed, vendor, platforms):
+    (tmp_path / "0000:00:01.0").mkdir()
+    (tmp_path / "0000:00:01.0" / "vendor").write_text(f"{vendor}\n")
+    monkeypatch.setattr(cli, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    cli._pass_over_absent_tpu()
+    assert os.environ.get("JAX_PLATFORMS") == platforms

