@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _pass_over_absent_tpu() -> None:
     """Tells JAX not to look for a TPU where libtpu is installed, for compiling ahead of time, but there is none.
 
-    Else it writes several errors to the terminal, and takes a second and 300 MB. Google's PCI devices are TPUs or network
-    cards: with a card JAX looks all the same.
+    Else it writes several errors to the terminal, and takes a second and 300 MB. Google's PCI devices are TPUs or
+    network cards: with a card JAX looks all the same.
     """
     packages = {name: importlib.util.find_spec(name) is not None for name in ("libtpu", *CUDA_PLUGINS)}
     vendors = (path.read_text().strip() for path in PCI_DEVICES.glob("*/vendor"))
