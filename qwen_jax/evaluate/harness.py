@@ -44,7 +44,7 @@ class HarnessModel(LM):
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
         """See `lm_eval.api.model.LM`."""
-        texts = [request.args for request in requests]
+        texts: list[Any] = [request.args for request in requests]
         pairs = [split_pair(self.tokenizer, text, choice, self._prefix, self._chat) for text, choice in texts]
         return continuation_logprobs(self.model, pairs, self.model.max_length, self.batch_size)
 
@@ -59,7 +59,7 @@ class HarnessModel(LM):
         scores = iter(continuation_logprobs(self.model, pairs, self.model.max_length, self.batch_size))
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
-    def generate_until(self, requests) -> list[str]:
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """See `lm_eval.api.model.LM`; requests with the same settings share batches."""
         answers: dict[int, str] = {}
         alike: dict[Any, list[int]] = {}
@@ -123,7 +123,8 @@ def run_tasks(
         seed: of few-shot examples and sampling.
     """
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
-    results = simple_evaluate(
+    run: Any = simple_evaluate  # its decorator hides the signature from type checkers
+    results = run(
         model=HarnessModel(model, tokenizer, batch_size=batch_size),
         tasks=list(tasks),
         task_manager=manager,
