@@ -12,7 +12,7 @@ from pallas_kernels.chip import compiling_for
 from pallas_kernels.kv_attention import KVArrays, append, attend_decode
 from pallas_kernels.quantized_matmul import QuantizedTensor, prepack, quantized_matmul
 from qwen_jax.config import ModelConfig
-from qwen_jax.plan.aot import copies, mesh_of
+from qwen_jax.plan.aot import compile_uncached, copies, mesh_of
 from qwen_jax.plan.chips import CHIPS, Topology
 
 LAYERS = 2  # of a stack: enough to see that a layer is not copied out of it
@@ -105,7 +105,7 @@ def _compile(chip: str, run, watched, *operands) -> CompiledKernel:
     watched, operands = jax.tree.map(place, (watched, operands))
     start = time.perf_counter()
     donated = (0,) if isinstance(watched, KVArrays) else ()
-    compiled = jax.jit(run, donate_argnums=donated).lower(watched, *operands).compile()
+    compiled = compile_uncached(jax.jit(run, donate_argnums=donated).lower(watched, *operands))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None  # TPU programs have both
     found = tuple(copies(text, jax.tree.leaves(watched)))
