@@ -178,7 +178,7 @@ def compile_step(
 
 
 def compile_uncached(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles without leaving an entry in JAX's persistent cache, which cannot read back a program for absent chips."""
+    """Compiles without an entry in JAX's persistent cache, which cannot read back a program for absent chips."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, 1e9)
