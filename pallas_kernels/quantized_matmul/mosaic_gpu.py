@@ -192,6 +192,6 @@ def fits(tiling, rows: int, in_features: int, out_features: int, bits: int, grou
     strips = -(-out_features // layout.PADDING) * (layout.PADDING // layout.STRIP)
     common = (rows, in_features, out_features, bits, group_size, False, None, "bfloat16", "bfloat16", False, None)
     if isinstance(tiling, small.Tiling):
-        return small.fast_form.shared_bytes(small.Problem(*common, False, strips, tiling)) <= limit
+        return small.fast_form.shared_bytes(small.Problem(*common, strips, tiling)) <= limit
     tiling = large.fitted(tiling, strips, layout.chunks(in_features), group_size)
     return large.staging_fits(tiling) and large.fast_form.shared_bytes(large.Problem(*common, strips, tiling)) <= limit

@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
-from pallas_kernels.quantized_matmul import mosaic_gpu_fragments as fragments
 from pallas_kernels.quantized_matmul import mosaic_gpu_large_warp as fast_form
 from pallas_kernels.quantized_matmul import mosaic_gpu_portable as portable_form
+from pallas_kernels.quantized_matmul.mosaic_gpu_call import describe
 from pallas_kernels.quantized_matmul.mosaic_gpu_large_warp import (
     FEATURES,
     LOADER_REGISTERS,
@@ -53,38 +53,12 @@ def call(
 
     `portable` and `after`: as in `mosaic_gpu_small.call`.
     """
-    rows, in_features = x_MI.shape
-    x_MI = fragments.padded(x_MI, layout.CHUNK)
-    static_layer = layer if isinstance(layer, int) else None
-    strips = weight.packed.shape[-2]
-    problem = Problem(
-        rows=rows,
-        in_features=in_features,
-        out_features=weight.out_features,
-        bits=weight.bits,
-        group_size=weight.group_size,
-        stacked=bool(weight.stack),
-        static_layer=static_layer,
-        dtype=fragments.name(x_MI.dtype),
-        scale_dtype=fragments.name(weight.scales.dtype),
-        symmetric=weight.zeros is None,
-        bias_dtype=None if bias_O is None else fragments.name(bias_O.dtype),
-        strips=strips,
-        tiling=fitted(tiling, strips, layout.chunks(in_features), weight.group_size),
-    )
+    rows = x_MI.shape[0]
+    properties, inputs = describe(x_MI, weight, layer, bias_O, after, portable)
+    tiling = fitted(tiling, properties["strips"], layout.chunks(x_MI.shape[1]), weight.group_size)
+    problem = Problem(**properties, tiling=tiling)
     if not staging_fits(problem.tiling):
         raise ValueError(f"{problem.tiling} has too few slots for the result on its way out: give it more slots.")
-    inputs = {"x": x_MI, "packed": weight.packed, "scales": weight.scales}
-    if weight.zeros is not None:
-        inputs["zeros"] = weight.zeros
-    if weight.stack and static_layer is None:
-        inputs["layer"] = jnp.asarray(layer, jnp.int32).reshape(1)
-    if bias_O is not None:
-        inputs["bias"] = bias_O
-    if after is not None:
-        inputs["after"] = after
-    if portable and bias_O is not None:
-        inputs["bias"] = jnp.pad(bias_O, (0, strips * layout.STRIP - bias_O.shape[0]))
     if problem.parts:
         inputs.pop("bias", None)
         parts_SMO = _compiled(problem, tuple(inputs), portable)(*inputs.values())

@@ -12,6 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
+from pallas_kernels.quantized_matmul import mosaic_gpu_call
 from pallas_kernels.quantized_matmul import mosaic_gpu_fragments as fragments
 
 X_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -46,21 +47,9 @@ class Tiling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """All static properties of one call."""
+class Problem(mosaic_gpu_call.Problem):
+    """A call of this kernel."""
 
-    rows: int
-    in_features: int
-    out_features: int
-    bits: int
-    group_size: int
-    stacked: bool
-    static_layer: int | None
-    dtype: str
-    scale_dtype: str
-    symmetric: bool
-    bias_dtype: str | None
-    strips: int
     tiling: Tiling
 
     @property

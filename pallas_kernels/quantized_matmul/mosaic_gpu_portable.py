@@ -63,8 +63,6 @@ def finish(problem: small.Problem, sums, scratch, inputs, out_gmem, warpgroup, s
                 columns = pl.ds(column, layout.STRIP)
                 if "bias" in inputs:
                     value = value + inputs["bias"][columns].astype(jnp.float32)
-                if "residual" in inputs:
-                    value = value + inputs["residual"][:, columns].astype(jnp.float32)
                 out_gmem[:, columns] = value.astype(out_gmem.dtype)
 
 

@@ -8,7 +8,7 @@ of a stage. Columns stay whole inside a block, so sums meet in shared memory and
 - Computes: weights are operand A, straight from the packed words (`layout_mosaic_gpu`); x is operand B by ldmatrix;
   q − zero is exact in 16 bits; each group's sums are scaled in float32.
 - Barriers: `full` (one a slot: copies landed), `done` (each warpgroup has stored its partial sums).
-- Stores: all threads add the partial sums of all warps in one fixed order, then bias and residual.
+- Stores: all threads add the partial sums of all warps in one fixed order, then the bias.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
-from pallas_kernels.quantized_matmul import mosaic_gpu_fragments as fragments
 from pallas_kernels.quantized_matmul import mosaic_gpu_portable as portable_form
 from pallas_kernels.quantized_matmul import mosaic_gpu_small_warp as fast_form
+from pallas_kernels.quantized_matmul.mosaic_gpu_call import describe
 from pallas_kernels.quantized_matmul.mosaic_gpu_small_warp import STAGE, WARPS, X_PADDING, X_TILE, Problem, Tiling
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
@@ -33,53 +33,19 @@ def call(
     weight: QuantizedTensor,
     layer=None,
     bias_O=None,
-    residual_MO=None,
     *,
     tiling: Tiling,
     portable: bool = False,
     after=None,
 ) -> jax.Array:
-    """[M, O] = x · weight + bias + residual, in x's dtype; weight in layout "mosaic_gpu", x in its stored row order.
+    """[M, O] = x · weight + bias in x's dtype; weight in layout "mosaic_gpu", x in its stored row order.
 
-    `portable` swaps the two pieces that the interpreter cannot run (`multiply`, `finish`) for plain ones. `after` is an
-    array that is not read: benchmarks make each call of a chain wait for the one before with it.
+    `portable` swaps the two pieces that the interpreter cannot run (`multiply`, `finish`) for plain ones. `after`:
+    see `mosaic_gpu_call.describe`.
     """
-    rows, in_features = x_MI.shape
-    x_MI = fragments.padded(x_MI, layout.CHUNK)
-    static_layer = layer if isinstance(layer, int) else None
-    strips = weight.packed.shape[-2]
-    problem = Problem(
-        rows=rows,
-        in_features=in_features,
-        out_features=weight.out_features,
-        bits=weight.bits,
-        group_size=weight.group_size,
-        stacked=bool(weight.stack),
-        static_layer=static_layer,
-        dtype=fragments.name(x_MI.dtype),
-        scale_dtype=fragments.name(weight.scales.dtype),
-        symmetric=weight.zeros is None,
-        bias_dtype=None if bias_O is None else fragments.name(bias_O.dtype),
-        residual=residual_MO is not None,
-        strips=strips,
-        tiling=dataclasses.replace(tiling, strips=min(tiling.strips, strips)),
-    )
-    inputs = {"x": x_MI, "packed": weight.packed, "scales": weight.scales}
-    if weight.zeros is not None:
-        inputs["zeros"] = weight.zeros
-    if weight.stack and static_layer is None:
-        inputs["layer"] = jnp.asarray(layer, jnp.int32).reshape(1)
-    if bias_O is not None:
-        inputs["bias"] = bias_O
-    if residual_MO is not None:
-        inputs["residual"] = residual_MO
-    if after is not None:
-        inputs["after"] = after
-    if portable:  # whole strips
-        for name in ("bias", "residual"):
-            if name in inputs:
-                missing = strips * layout.STRIP - weight.out_features
-                inputs[name] = jnp.pad(inputs[name], ((0, 0),) * (inputs[name].ndim - 1) + ((0, missing),))
+    properties, inputs = describe(x_MI, weight, layer, bias_O, after, portable)
+    tiling = dataclasses.replace(tiling, strips=min(tiling.strips, properties["strips"]))
+    problem = Problem(**properties, tiling=tiling)
     return _compiled(problem, tuple(inputs), portable)(*inputs.values())[:, : weight.out_features]
 
 

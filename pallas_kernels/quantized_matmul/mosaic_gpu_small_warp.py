@@ -12,6 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
+from pallas_kernels.quantized_matmul import mosaic_gpu_call
 from pallas_kernels.quantized_matmul import mosaic_gpu_fragments as fragments
 
 WARPS = 4
@@ -37,22 +38,9 @@ class Tiling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """All static properties of one call."""
+class Problem(mosaic_gpu_call.Problem):
+    """A call of this kernel."""
 
-    rows: int
-    in_features: int
-    out_features: int
-    bits: int
-    group_size: int
-    stacked: bool
-    static_layer: int | None
-    dtype: str
-    scale_dtype: str
-    symmetric: bool
-    bias_dtype: str | None
-    residual: bool
-    strips: int
     tiling: Tiling
 
     @property
@@ -260,7 +248,7 @@ def finish(problem: Problem, sums, scratch, inputs, out_gmem, warpgroup, start, 
     store_partial(scratch["partial_smem"].at[pl.ds(warpgroup * WARPS, WARPS)], sums)
     plgpu.barrier_arrive(scratch["done"])
     plgpu.barrier_wait(scratch["done"])
-    names = [name for name in ("bias", "residual") if name in inputs]
+    names = ["bias"] if "bias" in inputs else []
 
     @plgpu.inline_mgpu(
         arg_types=(*(plgpu.RefType() for _ in range(2 + len(names))), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
@@ -297,7 +285,5 @@ def _store_block(problem: Problem, partial, out, added, start, first):
             place = fragments.multiply_add(row, problem.out_features, where)
             if "bias" in added:
                 value = arith.addf(value, fragments.load_global(added["bias"], where, problem.bias_dtype))
-            if "residual" in added:
-                value = arith.addf(value, fragments.load_global(added["residual"], place, problem.dtype))
             wide = arith.extui(ir.IntegerType.get_signless(64), place)
             llvm.store(arith.truncf(element, value), fragments.global_pointer(out, wide, element))

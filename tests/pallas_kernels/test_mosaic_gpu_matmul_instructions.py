@@ -81,7 +81,7 @@ def test_a_stage_of_few_rows(dtype, rows, bits, group_size, zeros, scale_dtype, 
     in_features = 1536
     weight, matrix = make(in_features, bits, group_size, zeros, scale_dtype)
     problem = small.Problem(
-        rows, in_features, 64, bits, group_size, False, None, dtype, scale_dtype, not zeros, None, False, 4,
+        rows, in_features, 64, bits, group_size, False, None, dtype, scale_dtype, not zeros, None, 4,
         small.Tiling(4, 1, 1),
     )  # fmt: skip
     x = np.random.default_rng(rows).normal(0.5, 1, (rows, 512)).astype(FLOATS[dtype])
