@@ -13,8 +13,8 @@ from converters.huggingface import Module, ModuleSpec
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.config import ModelConfig
+from qwen_jax.loading import FUSED
 
-OUTPUTS = {"attention": ("query", "key", "value"), "mlp": ("gate", "up")}
 LEAVES = ("packed", "scales", "zeros", "permutation", "data")
 
 
@@ -108,7 +108,7 @@ class ConvertedModules:
         fused, _, output = name.rpartition(".")
         if output == "qkv":
             return f"{fused}.0", layer, None
-        outputs = iter(OUTPUTS[fused.rpartition(".")[2]])
+        outputs = iter(FUSED[fused.rpartition(".")[2]])
         for number, widths in enumerate(self._modules[fused]["sizes"]):
             start = 0
             for width in widths:
@@ -120,7 +120,7 @@ class ConvertedModules:
     def _start(self, name: str, output: str) -> int:
         """The first column of an output in the matrix `name` of a fused projection."""
         fused = name.rpartition(".")[0]
-        sizes, outputs = self._modules[fused]["sizes"], iter(OUTPUTS[fused.rpartition(".")[2]])
+        sizes, outputs = self._modules[fused]["sizes"], iter(FUSED[fused.rpartition(".")[2]])
         starts = {}
         for widths in sizes:
             starts.update(zip((next(outputs) for _ in widths), np.cumsum([0, *widths[:-1]]).tolist(), strict=True))

@@ -11,7 +11,7 @@ import pallas_kernels.kv_attention.op as kv_attention
 import pallas_kernels.quantized_matmul as quantized_matmul
 from converters import orbax
 from converters.huggingface import Checkpoint
-from pallas_kernels.quantized_matmul.op import default_chip
+from pallas_kernels.chip import default_chip
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from qwen_jax.checkpoint_store import find
 from qwen_jax.config import ModelConfig, QuantizationConfig
@@ -122,12 +122,7 @@ def _huggingface(folder: Path, dtype: str):
 
 def _fused_paths(weights: CheckpointWeights, layer: int) -> list[tuple[str, ...]]:
     """Paths below `layer` of the projections that share one matrix, as the checkpoint holds them."""
-    paths = []
-    for path, outputs in FUSED.items():
-        for names in weights._groups(layer, path, outputs):
-            stored = weights._stored(path) if len(weights._stored(path)) == 1 else names
-            paths.append(tuple(f"{path}.{name}" for name in stored))
-    return paths
+    return [tuple(f"{path}.{name}" for name in stored) for path in FUSED for _, stored in weights.matrices(layer, path)]
 
 
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:

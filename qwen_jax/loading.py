@@ -41,7 +41,7 @@ class CheckpointWeights:
         def kind(spec: ModuleSpec):
             return dataclasses.replace(spec, permutation_digest=None, has_bias=False)
 
-        groups = [tuple(self._groups(layer, path, outputs)) for path, outputs in FUSED.items()]
+        groups = [self.matrices(layer, path) for path in FUSED]
         modules = [f"attention.{name}" for name in self._stored("attention")] + ["attention.output"]
         modules += ["mlp.gate", "mlp.up", "mlp.down"]
         kinds = [kind(self.checkpoint.spec(f"layers.{layer}.{module}")) for module in modules]
@@ -51,13 +51,14 @@ class CheckpointWeights:
         """The modules of a fused projection as the file holds them: Qwen v1's query, key and value are one."""
         return ("qkv",) if path == "attention" and self.config.family == "qwen" else FUSED[path]
 
-    def _groups(self, layer: int, path: str, outputs) -> list[tuple[str, ...]]:
-        """Partition of the outputs into neighbours that can share a matrix."""
-        if self._stored(path) != FUSED[path]:
-            return [tuple(outputs)]
+    def matrices(self, layer: int, path: str) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """The matrices of a fused projection: (outputs side by side in it, the file's modules that make it) of each."""
+        stored = self._stored(path)
+        if stored != FUSED[path]:
+            return [(FUSED[path], stored)]
         groups: list[tuple[str, ...]] = []
         last = None
-        for name in outputs:
+        for name in stored:
             spec = self.checkpoint.spec(f"layers.{layer}.{path}.{name}")
             alike = dataclasses.replace(spec, out_features=0, has_bias=False)
             if alike == last:
@@ -65,13 +66,12 @@ class CheckpointWeights:
             else:
                 groups.append((name,))
             last = alike
-        return groups
+        return [(names, names) for names in groups]
 
     def fused(self, path, outputs, layers, axes, separate_bias=None):
         """See `model.Weights`."""
         parts, sizes, separate = [], [], None
-        for names in self._groups(layers.start, path, outputs):
-            stored = self._stored(path) if len(self._stored(path)) == 1 else names
+        for names, stored in self.matrices(layers.start, path):
             widths = tuple(outputs[name] for name in names)
             tensors, biases = Stack(len(layers)), []
             for n, layer in enumerate(layers):

@@ -60,8 +60,7 @@ class ShardedWeights(CheckpointWeights):
         """See `model.Weights`."""
         del outputs
         parts, sizes, separate = [], [], None
-        for names in self._groups(layers.start, path, self._outputs(path)):
-            stored = self._stored(path) if len(self._stored(path)) == 1 else names
+        for names, stored in self.matrices(layers.start, path):
             tensors, biases = ShardedStack(self.placement, len(layers), axes, self.kernels), []
             widths: tuple[int, ...] = ()
             for n, layer in enumerate(layers):
@@ -134,9 +133,6 @@ class ShardedWeights(CheckpointWeights):
         return self._vocabulary(module.weight, None if tied else module.bias, head=True)
 
     # -- who holds what ------------------------------------------------------------------------------------------------
-
-    def _outputs(self, path: str) -> tuple[str, ...]:
-        return ("query", "key", "value") if path == "attention" else ("gate", "up")
 
     def _columns(self, path: str, layer: int) -> dict[str, np.ndarray]:
         """For each output of a fused projection the columns [devices, width] of its stored module, −1 an empty one."""
