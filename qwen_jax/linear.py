@@ -37,17 +37,18 @@ class Linear(nnx.Module):
     def __call__(self, x, layer=None, out_dtype=None):
         """[..., in] → [..., out] in `out_dtype`, the dtype of x if None; `layer` indexes the stack."""
         bias_O = None if self.bias is None else at_layer(self.bias, layer)
-        return self._multiply(x if out_dtype is None else x.astype(out_dtype), layer, bias_O)
+        return self._multiply(x, layer, bias_O, out_dtype)
 
     def lookup(self, ids):
         """int [...] → [..., in]: columns of a single matrix, as the token table's."""
         assert isinstance(self.weight, DenseTensor)  # tables are never quantized
         return embedding_lookup(self.weight, ids)
 
-    def _multiply(self, x, layer, bias_O=None):
+    def _multiply(self, x, layer, bias_O=None, out_dtype=None):
         if isinstance(self.weight, QuantizedTensor):
-            return quantized_matmul(x, self.weight, layer=layer, bias_O=bias_O, kernels=self.kernels)
-        return dense_matmul(x, self.weight, layer=layer, bias_O=bias_O, kernels=self.kernels)
+            y = quantized_matmul(x, self.weight, layer=layer, bias_O=bias_O, kernels=self.kernels)
+            return y if out_dtype is None else y.astype(out_dtype)
+        return dense_matmul(x, self.weight, layer=layer, bias_O=bias_O, out_dtype=out_dtype, kernels=self.kernels)
 
 
 class FusedLinear(nnx.Module):

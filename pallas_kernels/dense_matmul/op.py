@@ -17,6 +17,7 @@ def dense_matmul(
     *,
     layer: jax.Array | int | None = None,
     bias_O: jax.Array | None = None,
+    out_dtype=None,
     kernels: str = "auto",
     chip: str | None = None,
 ) -> jax.Array:
@@ -27,11 +28,12 @@ def dense_matmul(
         weight: DenseTensor of logical shape [in, out] or, with `layer`, [layers, in, out].
         layer: which matrix of a stack, an int or an int32 scalar (may be traced); None for a single matrix.
         bias_O: [out], added in float32; None for no bias.
+        out_dtype: of the result; None for x's.
         kernels: as for `quantized_matmul`, so that a model can hand one name to both; it is XLA that runs here.
         chip: `device_kind` of the device it will run on; None for JAX's default device.
 
     Returns:
-        [..., out] in the dtype of x.
+        [..., out] in `out_dtype`; the sums reach it without being rounded to x's first.
 
     Raises:
         ValueError: if shapes disagree.
@@ -41,7 +43,8 @@ def dense_matmul(
     chip = default_chip() if chip is None else chip
     rows_MI = x_MI.reshape(math.prod(lead), weight.in_features)
     choose(weight, rows_MI.shape[0], chip)
-    return xla.run(rows_MI, weight, layer, bias_O, chip).reshape(*lead, weight.out_features)
+    result_MO = xla.run(rows_MI, weight, layer, bias_O, chip, x_MI.dtype if out_dtype is None else out_dtype)
+    return result_MO.reshape(*lead, weight.out_features)
 
 
 def choose(weight: DenseTensor, rows: int, chip: str) -> Choice:

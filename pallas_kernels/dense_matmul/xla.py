@@ -25,8 +25,8 @@ def form(weight: DenseTensor, rows: int, chip: str) -> str:
     return "float32 dot" if weight.dtype == "float32" else "a layer at a time converted for a float32 dot"
 
 
-def run(x_MI: jax.Array, weight: DenseTensor, layer, bias_O, chip: str) -> jax.Array:
-    """[M, O] in x's dtype, sums in float32."""
+def run(x_MI: jax.Array, weight: DenseTensor, layer, bias_O, chip: str, out_dtype) -> jax.Array:
+    """[M, O] in `out_dtype`, sums in float32."""
     rows = _block(weight, x_MI.shape[0])
     if chip != "cpu":
         result_MO = _native_dot(x_MI, weight, layer)
@@ -47,7 +47,7 @@ def run(x_MI: jax.Array, weight: DenseTensor, layer, bias_O, chip: str) -> jax.A
         result_MO = _float32_dot(x_MI.astype(jnp.float32), weight, layer)
     if bias_O is not None:
         result_MO = result_MO + bias_O.astype(jnp.float32)
-    return result_MO.astype(x_MI.dtype)
+    return result_MO.astype(out_dtype)
 
 
 def lookup(weight: DenseTensor, ids: jax.Array) -> jax.Array:

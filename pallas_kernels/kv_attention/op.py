@@ -8,10 +8,10 @@ import functools
 import logging
 
 from pallas_kernels.chip import default_chip
-from pallas_kernels.kv_attention import mosaic_tpu, mosaic_tpu_prefill, xla
+from pallas_kernels.kv_attention import mosaic_gpu, mosaic_tpu, mosaic_tpu_prefill, xla
 from pallas_kernels.kv_attention.tensor import KVArrays
 
-KERNELS = {"mosaic_tpu": mosaic_tpu, "xla": xla}  # best first; xla takes everything
+KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla}  # best first; xla takes everything
 
 _logger = logging.getLogger("pallas_kernels")
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.kv_attention import mosaic_gpu, mosaic_gpu_append, reference
+from pallas_kernels.kv_attention import mosaic_gpu, mosaic_gpu_append, mosaic_gpu_decode, reference
 from pallas_kernels.kv_attention.mosaic_gpu_fragments import TileShape
 from pallas_kernels.kv_attention.mosaic_gpu_schedule import Schedule
 from pallas_kernels.kv_attention.op import AttentionShape
@@ -120,9 +120,9 @@ def test_structure_under_the_interpreter(cache, share, workers, window, bias_slo
         bias_GK = jnp.asarray(random.normal(size=(G, K)) * 10, jnp.float32)
         rotary = random_rotary(random, bias_slots, S, K, factor=1.3)
         bias, reference_bias = (bias_GK, *rotary), dict(key_bias_GK=bias_GK, key_rotary=rotary)
-    kernel = mosaic_gpu.build(
+    kernel = mosaic_gpu_decode.build(
         shape,
-        mosaic_gpu.Plan(1, 2, workers),
+        mosaic_gpu_decode.Plan(1, 2, workers),
         (B, G, S),
         window,
         bias_slots,
@@ -130,7 +130,7 @@ def test_structure_under_the_interpreter(cache, share, workers, window, bias_slo
         interpret=plgpu.InterpretGPUParams(detect_races=True),
         whole=False,
     )
-    scales = tuple(getattr(kv, name) for name in mosaic_gpu.SCALES) if cache == "uint8" else ()
+    scales = tuple(getattr(kv, name) for name in mosaic_gpu_decode.SCALES) if cache == "uint8" else ()
     out = kernel(
         query.reshape(B, G, share, K), kv.keys, kv.values, scales, lengths, jnp.ones(1, jnp.int32),
         jnp.zeros(B * G, jnp.int32), bias,
@@ -209,7 +209,7 @@ def test_attention_lowers_for_cuda(cache, share, head_dim, bias, window):
     tables = (array((B if bias == "slots" else 1, S, head_dim // 2), jnp.float32),) * 2
     lowered = (
         jax.jit(
-            lambda q, kv, layer, n, b, r: mosaic_gpu.attend_decode(
+            lambda q, kv, layer, n, b, r: mosaic_gpu_decode.attend_decode(
                 q, kv, layer, n, scale=0.1, key_bias_GK=b, key_rotary=r, sliding_window=window
             )
         )
@@ -232,7 +232,7 @@ def test_append_lowers_for_cuda_in_place(cache):
     B, T, G, S, K = 4, 1, 2, 64, 128
     new = array((B, T, G, K), jnp.bfloat16)
     lowered = (
-        jax.jit(mosaic_gpu.append, donate_argnums=0)
+        jax.jit(mosaic_gpu_append.append, donate_argnums=0)
         .trace(abstract(3, B, G, S, K, cache), array((), jnp.int32), new, new, array((B,), jnp.int32))
         .lower(lowering_platforms=("cuda",))
         .as_text()
@@ -266,17 +266,17 @@ def test_plans_fit_shared_memory():
     for share in range(1, 9):
         for head_dim in (32, 64, 96, 128):
             for quantized, biased in ((True, True), (True, False), (False, False)):
-                plan = mosaic_gpu.plan_for(8, 4, 4096, share, head_dim, quantized, biased)
+                plan = mosaic_gpu_decode.plan_for(8, 4, 4096, share, head_dim, quantized, biased)
                 shape = TileShape(
                     head_dim, share, plan.blocks, quantized, "bfloat16", 1.0, "float32" if biased else None
                 )
-                assert mosaic_gpu.shared_bytes(shape, plan.stages) <= mosaic_gpu.SHARED_BYTES - 1024
+                assert mosaic_gpu_decode.shared_bytes(shape, plan.stages) <= mosaic_gpu_decode.SHARED_BYTES - 1024
                 assert plan.blocks == 1 or not biased
 
 
 def test_plan_has_as_many_blocks_as_whole_items_where_it_can():
-    assert mosaic_gpu.plan_for(8, 32, 2048, 1, 128, True, False).workers == 256
-    assert mosaic_gpu.plan_for(1, 1, 64, 1, 128, True, False).workers == 1
+    assert mosaic_gpu_decode.plan_for(8, 32, 2048, 1, 128, True, False).workers == 256
+    assert mosaic_gpu_decode.plan_for(1, 1, 64, 1, 128, True, False).workers == 1
 
 
 # -- on a card -------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_attention_on_the_card(case):
         bias_GK[:, [K // 2 - 1, K - 2]] += (150, -90)
         options["key_bias_GK"] = jnp.asarray(bias_GK, jnp.float32)
         options["key_rotary"] = random_rotary(random, B if bias == "slots" else 1, S, K, factor=1.2)
-    attend = jax.jit(lambda q, kv, layer, n: mosaic_gpu.attend_decode(q, kv, layer, n, **options))
+    attend = jax.jit(lambda q, kv, layer, n: mosaic_gpu_decode.attend_decode(q, kv, layer, n, **options))
     poison = jnp.full((B * H * K + 2**20,), jnp.nan, jnp.float32)
     poison.block_until_ready()
     del poison  # its memory is what the outputs are likely made of
@@ -339,7 +339,7 @@ def test_append_on_the_card(cache, fused, tokens, K):
         turned = reference.rotate(turned, *(np.asarray(table)[:, :, None] for table in tables))
 
     def run(kv, key, value, start):
-        return mosaic_gpu.append(kv, 1, key, value, start, key_rotary=tables, key_bias_GK=bias)
+        return mosaic_gpu_append.append(kv, 1, key, value, start, key_rotary=tables, key_bias_GK=bias)
 
     compiled = jax.jit(run, donate_argnums=0).lower(kv, key, value, start).compile()
     assert " copy(" not in compiled.as_text()  # nothing of the cache is copied
