@@ -17,6 +17,7 @@ from qwen_jax.generation_config import GenerationConfig
 from qwen_jax.inputs import align, check_ids, pad
 from qwen_jax.kv_cache import CacheState, KVCache, bytes_per_token
 from qwen_jax.model import Decoder
+from qwen_jax.read_progress import Progress
 from qwen_jax.sampling import SamplingConfig
 from qwen_jax.sharded_programs import ShardedPrograms
 from qwen_jax.sharding import check_mesh
@@ -84,6 +85,7 @@ class QwenForCausalLM:
         kernels: str = "auto",
         max_length: int | None = None,
         lm_head: str | None = None,
+        progress: Progress | None = None,
     ) -> "QwenForCausalLM":
         """Loads a Hub id, a Hugging Face folder (float, GPTQ, compressed-tensors) or a folder written by `convert`.
 
@@ -97,6 +99,7 @@ class QwenForCausalLM:
             kernels: "auto" or the name of a kernel ("xla", "mosaic_gpu", …); see `qwen-jax info`.
             max_length: tokens a cache holds at most, prompt and answer; None for the model's own context.
             lm_head: "int8" rounds the output projection to 8 bits (other numbers than the checkpoint's); None keeps it.
+            progress: called with the bytes of Hugging Face files read so far and their number.
 
         Raises:
             CheckpointError: files missing, damaged or of a kind that is not read.
@@ -113,7 +116,9 @@ class QwenForCausalLM:
         if dtype == "auto":
             dtype = default_dtype(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
         folder = checkpoint_store.find(name)
-        weights = checkpoint_store.open_weights(folder, dtype=dtype, kernels=kernels, lm_head=lm_head, mesh=mesh)
+        weights = checkpoint_store.open_weights(
+            folder, dtype=dtype, kernels=kernels, lm_head=lm_head, mesh=mesh, progress=progress
+        )
         decoder = Decoder(weights.config, weights, dtype=dtype, kernels=kernels, unroll=jax.default_backend() == "gpu")
         generation_config = GenerationConfig.from_folder(folder)
         return cls(

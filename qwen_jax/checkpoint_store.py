@@ -15,6 +15,7 @@ from qwen_jax.errors import CheckpointError
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
 from qwen_jax.loading import CheckpointWeights, kept_dtype, pack
 from qwen_jax.model import Decoder, Weights
+from qwen_jax.read_progress import Progress, open_checkpoint
 from qwen_jax.sharded_weights import ShardedWeights
 
 HUB_FILES = ["*.json", "*.safetensors", "*.tiktoken", "*.txt", "*.jinja", "*.model"]
@@ -44,30 +45,40 @@ def find(name: str | Path) -> Path:
         raise CheckpointError(f"{text}: the Hub refused it: {str(error).splitlines()[0]}") from error
 
 
-def open_weights(folder: Path, *, dtype: str, kernels: str, lm_head: str | None = None, mesh=None) -> Weights:
-    """The parameters in `folder`, ready for `Decoder`."""
+def open_weights(
+    folder: Path,
+    *,
+    dtype: str,
+    kernels: str,
+    lm_head: str | None = None,
+    mesh=None,
+    progress: Progress | None = None,
+) -> Weights:
+    """The parameters in `folder`, ready for `Decoder`; `progress` hears of Hugging Face files as they are read."""
     if mesh is not None:
         # ConvertedModules has the reading side of a Checkpoint, all that is wanted here
-        source = cast(Checkpoint, ConvertedModules(folder)) if orbax.is_checkpoint(folder) else Checkpoint(folder)
+        source = cast(Checkpoint, ConvertedModules(folder)) if orbax.is_checkpoint(folder) else None
+        source = source or open_checkpoint(folder, progress)
         int8_head = lm_head == "int8"
         return ShardedWeights(source, mesh, dtype=dtype, kernels=kernels, int8_head=int8_head)
     if orbax.is_checkpoint(folder):
         weights = OrbaxWeights(folder, dtype=dtype, kernels=kernels)
     else:
-        weights = CheckpointWeights(Checkpoint(folder), dtype=dtype, kernels=kernels)
+        weights = CheckpointWeights(open_checkpoint(folder, progress), dtype=dtype, kernels=kernels)
     return cast(Weights, Int8Head(weights, kernels)) if lm_head == "int8" else weights
 
 
-def convert(source: str | Path, target: str | Path) -> None:
+def convert(source: str | Path, target: str | Path, progress: Progress | None = None) -> None:
     """Reads a Hugging Face folder (or Hub id) and writes our own checkpoint, which loads several times faster.
 
-    Weights keep their bits and their dtype. The target holds configuration and tokenizer files too.
+    Weights keep their bits and their dtype. The target holds configuration and tokenizer files too. `progress` is
+    called with the bytes read so far and their number.
 
     Raises:
         CheckpointError: the source cannot be read, or the target exists.
     """
     folder = find(source)
-    recorder = Recorder(CheckpointWeights(Checkpoint(folder), dtype="float32", prepack=False))
+    recorder = Recorder(CheckpointWeights(open_checkpoint(folder, progress), dtype="float32", prepack=False))
     Decoder(recorder.config, recorder, dtype="float32")
     orbax.save(Path(target), recorder.arrays, {"blocks": recorder.ranges, "modules": recorder.modules}, source=folder)
 

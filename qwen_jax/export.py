@@ -14,13 +14,15 @@ from qwen_jax.config import QuantizationConfig
 from qwen_jax.converted_modules import ConvertedModules
 from qwen_jax.errors import CheckpointError
 from qwen_jax.json_keys import read_json
+from qwen_jax.read_progress import Progress
 
 
-def export(source: str | Path, target: str | Path) -> None:
+def export(source: str | Path, target: str | Path, progress: Progress | None = None) -> None:
     """Writes what `convert` read: a GPTQ, compressed-tensors or float folder, its tensors the same to the byte.
 
     Biases and norms, which a converted checkpoint holds in float32, are written in the dtype of the weights (norms:
-    config.json's) wherever that loses nothing.
+    config.json's) wherever that loses nothing. `progress` is called with the matrices written so far and
+    their number.
 
     Raises:
         CheckpointError: the source is no converted checkpoint, or the target exists.
@@ -31,21 +33,24 @@ def export(source: str | Path, target: str | Path) -> None:
     quantization = QuantizationConfig.from_folder(folder)
     write(
         target,
-        _parameters(folder),
+        _parameters(folder, progress),
         config=read_json(folder / "config.json"),
         quantization=None if quantization is None else quantization.raw,
         source=folder,
     )
 
 
-def _parameters(folder: Path) -> Iterator[tuple[str, Any]]:
+def _parameters(folder: Path, progress: Progress | None = None) -> Iterator[tuple[str, Any]]:
     """(our path, Module or norm) of every parameter, read one at a time; an all-zero bias is none."""
     converted = ConvertedModules(folder)
-    for path in names.modules(converted.config):
+    modules, vectors = names.modules(converted.config), names.vectors(converted.config)
+    for done, path in enumerate(modules, 1):
         module = converted.read(path)
         bias = module.bias if module.bias is not None and module.bias.any() else None
         yield path, Module(module.weight, None if bias is None else _narrow(bias, _dtype(module.weight)))
-    for path in names.vectors(converted.config):
+        if progress is not None:
+            progress(done, len(modules))
+    for path in vectors:
         yield path, _narrow(converted.read_vector(path), converted.config.dtype)
 
 

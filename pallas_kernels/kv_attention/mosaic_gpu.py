@@ -17,8 +17,8 @@ def unsupported(shape, chip: str) -> str | None:
         return f"it takes 1 to 8 query heads a key/value head, not {shape.heads} for {shape.kv_heads}."
     if shape.head_dim % 32 or shape.head_dim > 128:
         return f"its head sizes are 32, 64, 96 and 128, not {shape.head_dim}."
-    if shape.quantized and shape.length % 8:
-        return f"an 8-bit cache's length must be a multiple of 8 (alignment of its scales), not {shape.length}."
+    if shape.length % 8:
+        return f"a cache's length must be a multiple of 8 (its tiles are copied in rows of 8), not {shape.length}."
     from pallas_kernels.kv_attention.mosaic_gpu_decode import MULTIPROCESSORS
     from pallas_kernels.kv_attention.mosaic_gpu_schedule import Schedule
 

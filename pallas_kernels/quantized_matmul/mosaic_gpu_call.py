@@ -30,6 +30,11 @@ class Problem:
     tiling: Any
 
 
+def zero_rows(groups: int, columns: int) -> int:
+    """Rows to allocate for `groups` rows of zero-points (bytes): a slot must begin on 128 bytes for its tensor map."""
+    return next(rows for rows in range(groups, groups + 128) if rows * columns % 128 == 0)
+
+
 def describe(
     x_MI: jax.Array, weight: QuantizedTensor, layer, bias_O, after, portable: bool
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:

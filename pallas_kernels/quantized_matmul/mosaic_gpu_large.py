@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
 from pallas_kernels.quantized_matmul import mosaic_gpu_large_warp as fast_form
 from pallas_kernels.quantized_matmul import mosaic_gpu_portable as portable_form
-from pallas_kernels.quantized_matmul.mosaic_gpu_call import describe
+from pallas_kernels.quantized_matmul.mosaic_gpu_call import describe, zero_rows
 from pallas_kernels.quantized_matmul.mosaic_gpu_large_warp import (
     FEATURES,
     LOADER_REGISTERS,
@@ -85,7 +85,8 @@ def _compiled(problem: Problem, names: tuple[str, ...], portable: bool):
         "done": plgpu.Barrier(num_arrivals=tiling.warpgroups),
     }
     if not problem.symmetric:
-        scratch["zeros_smem"] = plgpu.SMEM((*ring, problem.groups, columns), jnp.uint8)
+        rows = zero_rows(problem.groups, columns)
+        scratch["zeros_smem"] = plgpu.SMEM((*ring, rows, columns), jnp.uint8)
 
     def kernel(*refs, **scratch):
         inputs = dict(zip(names, refs[:-1], strict=True))
@@ -151,7 +152,8 @@ def _body(problem: Problem, inputs, out_gmem, scratch, portable: bool):
                         pl.ds(group, problem.groups),
                         pl.ds(strip * layout.STRIP, problem.block_strips * layout.STRIP),
                     ]
-                    plgpu.copy_gmem_to_smem(source, scratch[f"{name}_smem"].at[slot, part], barrier)
+                    target = scratch[f"{name}_smem"].at[slot, part, pl.ds(0, problem.groups)]
+                    plgpu.copy_gmem_to_smem(source, target, barrier)
 
     @pl.when(warpgroup == tiling.warpgroups)
     def load():
@@ -211,7 +213,7 @@ def _consume(problem: Problem, scratch, warpgroup, count, wait, release):
         if not tiling.scale_sums:
             refs["scales"] = scratch["scales_smem"].at[slot, part, :, columns]
         if not problem.symmetric:
-            refs["zeros"] = scratch["zeros_smem"].at[slot, part, :, columns]
+            refs["zeros"] = scratch["zeros_smem"].at[slot, part, pl.ds(0, problem.groups), columns]
         x = scratch["x_smem"].at[slot, :, pl.ds(part * layout.CHUNK + piece * depth, depth)]
         plgpu.wgmma(accumulator, fast_form.cast(problem, refs, piece), x.T)
 

@@ -91,7 +91,10 @@ def shared_bytes(problem: Problem) -> int:
     """Shared memory of a block."""
     tiling, item = problem.tiling, jnp.dtype(problem.scale_dtype).itemsize
     slot = problem.block_strips * 256 * problem.bits + tiling.rows * layout.CHUNK * 2
-    slot += problem.groups * problem.block_strips * layout.STRIP * (item + (not problem.symmetric))
+    columns = problem.block_strips * layout.STRIP
+    slot += problem.groups * columns * item
+    if not problem.symmetric:
+        slot += mosaic_gpu_call.zero_rows(problem.groups, columns) * columns
     return tiling.slots * tiling.chunks * slot + 4 * 1024
 
 

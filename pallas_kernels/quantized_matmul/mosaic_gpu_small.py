@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
 from pallas_kernels.quantized_matmul import mosaic_gpu_portable as portable_form
 from pallas_kernels.quantized_matmul import mosaic_gpu_small_warp as fast_form
-from pallas_kernels.quantized_matmul.mosaic_gpu_call import describe
+from pallas_kernels.quantized_matmul.mosaic_gpu_call import describe, zero_rows
 from pallas_kernels.quantized_matmul.mosaic_gpu_small_warp import STAGE, WARPS, X_PADDING, X_TILE, Problem, Tiling
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
@@ -68,7 +68,8 @@ def _compiled(problem: Problem, names: tuple[str, ...], portable: bool):
         shape = (*ring, 8 * problem.row_tiles, STAGE)
         scratch["x_smem"] = plgpu.SMEM(shape, jnp.dtype(problem.dtype), transforms=X_TILE)
     if not problem.symmetric:
-        scratch["zeros_smem"] = plgpu.SMEM((*ring, problem.group_rows, problem.columns), jnp.uint8)
+        rows = zero_rows(problem.group_rows, problem.columns)
+        scratch["zeros_smem"] = plgpu.SMEM((*ring, rows, problem.columns), jnp.uint8)
 
     columns = problem.strips * layout.STRIP if portable else problem.out_features
 
@@ -131,7 +132,8 @@ def _body(problem: Problem, inputs, out_gmem, scratch, multiply, finish):
                 source = weight(name).at[
                     pl.ds(first_group, problem.group_rows), pl.ds(strip * layout.STRIP, problem.columns)
                 ]
-                plgpu.copy_gmem_to_smem(source, refs[f"{name}_smem"], barrier)
+                target = refs[f"{name}_smem"].at[pl.ds(0, problem.group_rows)]
+                plgpu.copy_gmem_to_smem(source, target, barrier)
         for _ in range(_arrivals(problem, WARPS) - _arrivals(problem, chunks)):
             plgpu.barrier_arrive(barrier)
 

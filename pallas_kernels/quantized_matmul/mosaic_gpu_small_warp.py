@@ -86,7 +86,9 @@ def shared_bytes(problem: Problem) -> int:
     tiling, item = problem.tiling, jnp.dtype(problem.scale_dtype).itemsize
     slot = WARPS * tiling.strips * 256 * problem.bits
     slot += 8 * problem.row_tiles * STAGE * 2 if problem.x_tiled else problem.rows * (STAGE + X_PADDING) * 2
-    slot += problem.group_rows * problem.columns * (item + (not problem.symmetric))
+    slot += problem.group_rows * problem.columns * item
+    if not problem.symmetric:
+        slot += mosaic_gpu_call.zero_rows(problem.group_rows, problem.columns) * problem.columns
     partial = tiling.warpgroups * WARPS * problem.rows * problem.partial_stride * 4
     return tiling.warpgroups * tiling.slots * (slot + 8) + partial + 6 * 1024
 

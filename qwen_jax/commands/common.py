@@ -3,7 +3,6 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -12,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from ..causal_lm import QwenForCausalLM
     from ..tokenizer import Tokenizer
+    from .progress import Update
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]  # acted on in cli.main
@@ -32,39 +32,42 @@ Seed = Annotated[int, typer.Option(help="Of the random numbers; the same seed gi
 def load(name: str | Path, **settings: Any) -> tuple["QwenForCausalLM", "Tokenizer"]:
     """Model and tokenizer, with the persistent compilation cache switched on; arguments as `from_pretrained`."""
     from .. import AutoTokenizer, QwenForCausalLM, compilation_cache
+    from ..checkpoint_store import find
+    from .progress import BYTES
 
     compilation_cache.enable()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    folder = find(name)
     with status(f"Loading {name}"):
-        return QwenForCausalLM.from_pretrained(name, **settings), tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if is_converted(folder):  # read as a whole: there is nothing to count
+            return QwenForCausalLM.from_pretrained(folder, **settings), tokenizer
+    with progress_bars() as update:
+
+        def progress(done: int, total: int) -> None:
+            update(f"Loading {name}", done, total, unit=BYTES)
+
+        return QwenForCausalLM.from_pretrained(folder, progress=progress, **settings), tokenizer
 
 
-def status(text: str):
-    """A spinner on standard error while the block runs; nothing where that is not a terminal."""
-    from rich.console import Console
+def is_converted(folder: Path) -> bool:
+    """Whether `qwen-jax convert` wrote this folder."""
+    from converters import orbax
 
-    return Console(stderr=True).status(text)
+    return orbax.is_checkpoint(folder)
 
 
-@contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (step, done, total) that draws one bar a step on standard error; a line a step without a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def status(text: str) -> contextlib.AbstractContextManager[None]:
+    """See `progress.status`; imported when used, for a quick --help."""
+    from . import progress
 
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    return progress.status(text)
 
-        def update(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = bars.add_task(step, total=total)
-                if not console.is_terminal:
-                    print(f"{step} …", file=sys.stderr, flush=True)
-            bars.update(tasks[step], completed=done, total=total)
 
-        yield update
+def progress_bars() -> contextlib.AbstractContextManager["Update"]:
+    """See `progress.progress_bars`; imported when used, for a quick --help."""
+    from . import progress
+
+    return progress.progress_bars()
 
 
 def sampling_arguments(

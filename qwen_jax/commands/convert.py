@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Debug, Json, Model, print_json, status
+from .common import Debug, Json, Model, is_converted, print_json, progress_bars
 
 EXAMPLES = """
 qwen-jax convert Qwen/Qwen-7B-Chat-Int4 qwen-7b-int4
@@ -22,14 +22,15 @@ def run(
     debug: Debug = False,
 ):
     """Write a checkpoint in our own format, or one in our own format as a Hugging Face folder; the same weights."""
-    from converters import orbax
-
     from ..checkpoint_store import convert, find
     from ..export import export
+    from .progress import BYTES
 
     start = time.perf_counter()
-    with status(f"Converting {source}"):
-        (export if orbax.is_checkpoint(find(source)) else convert)(source, target)
+    folder = find(source)
+    step, unit, write = ("Writing", "matrices", export) if is_converted(folder) else ("Reading", BYTES, convert)
+    with progress_bars() as update:
+        write(folder, target, lambda done, total: update(f"{step} {source}", done, total, unit=unit))
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     if json:

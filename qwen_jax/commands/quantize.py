@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Debug, Json, print_json
+from .common import Debug, Json, print_json, progress_bars, status
 
 EXAMPLES = """
 qwen-jax quantize Qwen/Qwen2.5-7B-Instruct qwen2.5-7b-int4 --calibration conversations.json
@@ -52,8 +52,6 @@ def run(
     debug: Debug = False,
 ):
     """Write a GPTQ checkpoint of a float model, calibrated on your text."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..checkpoint_store import find
     from ..quantize import QuantizeSettings, quantize, read_calibration
     from ..tokenizer import AutoTokenizer
@@ -74,20 +72,12 @@ def run(
     )
     start = time.perf_counter()
     folder = find(source)
-    tokens = read_calibration(calibration, AutoTokenizer.from_pretrained(str(folder)), rows=rows, length=row_length)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, disable=json) as bar:
-        task = bar.add_task("quantizing", total=None, note="")
+    with status(f"Reading {calibration}"):
+        tokens = read_calibration(calibration, AutoTokenizer.from_pretrained(str(folder)), rows=rows, length=row_length)
+    with progress_bars() as update:
 
         def progress(report, done, total):
-            note = f"{report.path}  error {report.error:.2e}"
-            bar.update(task, completed=done, total=total, note=note)
+            update("Quantizing", done, total, unit="matrices", note=f"{report.path}, error {report.error:.1e}")
 
         reports = quantize(
             folder, target, tokens, settings, dtype=dtype, overwrite=overwrite, resume=resume, progress=progress

@@ -81,7 +81,7 @@ def compare(
     limit: int | None = None,
     kv_cache: Sequence[str] = ("float", "8-bit"),
     dtype: str = "auto",
-    progress: Callable[[str], None] = lambda note: None,
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> list[Comparison]:
     """Compares models with a float one on a text; the float model is in memory with one other at a time.
 
@@ -94,7 +94,7 @@ def compare(
         kv_cache: "float" and "8-bit": how keys and values are kept. The 8-bit lines take a decode step for every
             position of a window, which is far slower.
         dtype: of activations, as in `from_pretrained`.
-        progress: called with what is being done.
+        progress: called with what is being measured, the tokens counted so far and their number.
     """
     from qwen_jax.causal_lm import QwenForCausalLM
     from qwen_jax.checkpoint_store import find
@@ -107,7 +107,7 @@ def compare(
     rows = []
     for name in (reference, *models):
         for kind in kv_cache:
-            progress(f"{name}, {kind} KV cache")
+            step = f"{Path(name).name}, {kind} KV cache"
             quantized = kind == "8-bit"
             model = exact
             if quantized or name != reference:
@@ -121,6 +121,7 @@ def compare(
                 inputs = ids[None, part.start : part.stop]
                 reference_TV = exact(inputs)[0, : part.stop - part.start - 1]
                 totals.add(reference_TV, logits_TV, ids[part.first : part.stop])
+                progress(step, totals.count, sum(each.stop - each.first for each in parts))
             rows.append(totals.result(str(name), kind, weight_bytes(find(name))))
             del model
     return rows

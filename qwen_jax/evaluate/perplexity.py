@@ -1,7 +1,7 @@
 """Perplexity of a text in windows, through prefill or, token by token, through the KV cache."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -48,7 +48,13 @@ def windows(length: int, window: int, stride: int | None = None) -> list[Window]
 
 
 def perplexity(
-    model, ids, window: int = 1024, stride: int | None = None, limit: int | None = None, through_cache: bool = False
+    model,
+    ids,
+    window: int = 1024,
+    stride: int | None = None,
+    limit: int | None = None,
+    through_cache: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """exp of the mean negative log-likelihood of the counted tokens; sums in float64 of float32 logits.
 
@@ -60,6 +66,7 @@ def perplexity(
         limit: only the first so many tokens; None for all.
         through_cache: predict each token by a decode step, from the KV cache as the model keeps it (8 bits if it was
             loaded so); windows must not overlap then. Far slower than prefill, in which the cache plays no part.
+        progress: called with the tokens counted so far and their number.
 
     Raises:
         ValueError: see `windows`; also for logits that are not finite.
@@ -72,15 +79,19 @@ def perplexity(
     if through_cache:
         if stride not in (None, window):
             raise ValueError(f"stride={stride}: with through_cache windows do not overlap; leave it out.")
-        scores = _through_cache(model, ids, windows(len(ids), window))
+        parts = windows(len(ids), window)
+        scores = _through_cache(model, ids, parts)
     else:
-        scores = (token_logprobs(model(ids[None, w.start : w.stop]), ids, w) for w in windows(len(ids), window, stride))
+        parts = windows(len(ids), window, stride)
+        scores = (token_logprobs(model(ids[None, w.start : w.stop]), ids, w) for w in parts)
+    counted = sum(part.stop - part.first for part in parts)
     total, count = 0.0, 0
     for logprobs in scores:
         if not np.isfinite(logprobs).all():
             raise ValueError("The model's logits are not finite; load it with dtype bfloat16 or float32.")
         total += float(logprobs.sum(dtype=np.float64))
         count += len(logprobs)
+        progress(count, counted)
     return math.exp(-total / count)
 
 

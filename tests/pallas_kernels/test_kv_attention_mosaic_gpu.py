@@ -290,7 +290,7 @@ GPU_CASES = [  # B, H, G, S, K, cache, dtype, bias, window
     (4, 8, 2, 264, 96, "uint8", "bfloat16", "slots", None),
     (65, 4, 2, 128, 128, "uint8", "bfloat16", None, None),
     (1, 32, 32, 4096, 128, "uint8", "bfloat16", "shared", None),
-    (3, 28, 4, 513, 128, "bfloat16", "bfloat16", None, None),
+    (3, 28, 4, 520, 128, "bfloat16", "bfloat16", None, None),
     (2, 8, 1, 2048, 64, "bfloat16", "bfloat16", None, 700),
     (2, 6, 2, 300, 96, "float16", "float16", None, None),
 ]
