@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Debug, Json, Kernels
+from .common import Debug, Json, Kernels, status
 
 EXAMPLES = """
 qwen-jax bench decode --model qwen-7b --bits 4 --kv-bits 8 --batch 1 --context 2048
@@ -45,13 +45,15 @@ def run(
     facts: dict = {"environment": environment.environment()}
     facts["copy_gigabytes_per_second"] = environment.copy_bandwidth(1024 if dtype == "bfloat16" else 128) / 1e9
     console.print(f"{facts['environment']['device']}, copy {facts['copy_gigabytes_per_second']:.0f} GB/s")
-    decoder = decode.build(model, bits=bits, dtype=dtype, kernels=kernels, layers=layers)
+    with status(f"Making random weights of {model}"):
+        decoder = decode.build(model, bits=bits, dtype=dtype, kernels=kernels, layers=layers)
     results = []
     for rows in batch:
         for length in context:
-            result = modules[what].measure(
-                model, decoder, bits=bits, kv_bits=kv_bits, batch=rows, context=length, rounds=rounds
-            )
+            with status(f"Compiling and measuring {what}, batch {rows}, context {length}"):
+                result = modules[what].measure(
+                    model, decoder, bits=bits, kv_bits=kv_bits, batch=rows, context=length, rounds=rounds
+                )
             results.append(dataclasses.asdict(result))
             console.print(result)
     facts["layers"] = decoder.config.num_layers

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from ..causal_lm import QwenForCausalLM
     from ..tokenizer import Tokenizer
     from .progress import Update
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]  # acted on in cli.main
@@ -61,6 +63,16 @@ def status(text: str) -> contextlib.AbstractContextManager[None]:
     from . import progress
 
     return progress.status(text)
+
+
+def first_awaited[T](parts: Iterable[T], text: str) -> Iterator[T]:
+    """The parts; a spinner with `text` turns until the first is there, which may take a compilation."""
+    iterator = iter(parts)
+    with status(text):
+        first = next(iterator, None)
+    if first is not None:
+        yield first
+        yield from iterator
 
 
 def progress_bars() -> contextlib.AbstractContextManager["Update"]:

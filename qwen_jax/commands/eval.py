@@ -3,12 +3,12 @@
 import dataclasses
 import importlib.util
 import pathlib
-import sys
 import time
 from typing import Annotated
 
 import typer
 
+from . import common
 from .common import Debug, Dtype, Json, Kernels, Kv8, Model, print_json
 
 EXAMPLES = """
@@ -50,7 +50,6 @@ def run(
     With --kv8 predictions come from the 8-bit KV cache, token by token, which takes long; with --compare each model is
     then measured both ways. Tasks need the package lm-eval: pip install "qwen-jax[eval]".
     """
-    from ..causal_lm import QwenForCausalLM
     from ..checkpoint_store import find
     from ..evaluate.compare import compare as compare_models
     from ..evaluate.perplexity import perplexity
@@ -59,8 +58,7 @@ def run(
     if (text is None) == (not task):
         raise ValueError("Give one of --text FILE and --task NAME.")
     if task:
-        loaded = QwenForCausalLM.from_pretrained(model, dtype=dtype, kernels=kernels, use_cache_quantization=kv8)
-        tokenizer = AutoTokenizer.from_pretrained(str(find(model)))
+        loaded, tokenizer = common.load(model, dtype=dtype, kernels=kernels, use_cache_quantization=kv8)
         results = _harness().run_tasks(
             loaded,
             tokenizer,
@@ -87,22 +85,28 @@ def run(
         if stride is not None:
             raise ValueError("--stride: with --compare windows do not overlap; leave it out.")
         kinds = ("float", "8-bit") if kv8 else ("float",)
-        rows = compare_models(
-            model,
-            compare,
-            ids,
-            window=window,
-            kv_cache=kinds,
-            dtype=dtype,
-            progress=lambda note: print(note, file=sys.stderr),
-        )
+        with common.progress_bars() as update:
+            rows = compare_models(
+                model,
+                compare,
+                ids,
+                window=window,
+                kv_cache=kinds,
+                dtype=dtype,
+                progress=lambda step, done, total: update(step, done, total, unit="tokens"),
+            )
         if json:
             print_json({"text": str(text), "window": window, "rows": [dataclasses.asdict(row) for row in rows]})
         else:
             _table(rows)
         return
-    loaded = QwenForCausalLM.from_pretrained(model, dtype=dtype, kernels=kernels, use_cache_quantization=kv8)
-    value = perplexity(loaded, ids, window, stride, through_cache=kv8)
+    loaded, _ = common.load(model, dtype=dtype, kernels=kernels, use_cache_quantization=kv8)
+    with common.progress_bars() as update:
+
+        def progress(done: int, total: int) -> None:
+            update("Measuring", done, total, unit="tokens")
+
+        value = perplexity(loaded, ids, window, stride, through_cache=kv8, progress=progress)
     seconds = time.perf_counter() - start
     if json:
         print_json({"model": model, "text": str(text), "tokens": len(ids), "perplexity": value, "seconds": seconds})

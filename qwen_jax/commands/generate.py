@@ -44,12 +44,13 @@ def run(
     if not ids:
         raise ValueError("PROMPT: is empty, expected at least one character. Give a text to continue.")
     text, typewriter = TextStream(tokenizer), Typewriter(None if json else sys.stdout)
-    if not json:
-        sys.stdout.write(prompt)
     start, tokens = time.perf_counter(), 0
     settings = sampling_arguments(temperature, top_p, top_k, repetition_penalty)
-    for chunk in language_model.stream([ids], max_new_tokens=max_new_tokens, seed=seed, **settings):
+    chunks = language_model.stream([ids], max_new_tokens=max_new_tokens, seed=seed, **settings)
+    for chunk in common.first_awaited(chunks, "Compiling and reading the prompt"):
         new = chunk.tokens_BN[0][chunk.kept_BN[0]].tolist()
+        if not tokens and not json:
+            sys.stdout.write(prompt)
         tokens += len(new)
         typewriter(text.push(new))
     typewriter(text.finish())

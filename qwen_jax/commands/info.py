@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Debug, Json, Kernels, Model, print_json
+from .common import Debug, Json, Kernels, Model, print_json, status
 
 EXAMPLES = """
 qwen-jax info ./Qwen-7B-Chat-Int4
@@ -26,7 +26,8 @@ def run(
     """Show architecture, quantization, sizes and kernels of a checkpoint, without loading its weights."""
     from ..info import describe
 
-    facts = describe(model, chip=chip, kernels=kernels, dtype=dtype)
+    with status(f"Reading {model}"):
+        facts = describe(model, chip=chip, kernels=kernels, dtype=dtype)
     if json:
         print_json(facts)
     else:

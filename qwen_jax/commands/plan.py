@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Debug, Json, print_json
+from .common import Debug, Json, print_json, status
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -77,16 +77,17 @@ def run(
     else:
         steps: dict[str, int | None] = {"decode": None} | ({f"prefill of {prompt}": prompt} if prompt else {})
         for name, tokens in steps.items():
-            compiled = aot.compile_step(
-                config,
-                storage,
-                aot.mesh_of(chips, best.data, best.model),
-                chips.chip.kind,
-                batch=batch,
-                context=context,
-                kv_bits=kv_bits,
-                prompt=tokens,
-            )
+            with status(f"Compiling {name} for {chips}"):
+                compiled = aot.compile_step(
+                    config,
+                    storage,
+                    aot.mesh_of(chips, best.data, best.model),
+                    chips.chip.kind,
+                    batch=batch,
+                    context=context,
+                    kv_bits=kv_bits,
+                    prompt=tokens,
+                )
             programs[name] = dataclasses.asdict(compiled) | {"fits": aot.fits(compiled, chips)}
     if json:
         print_json(facts)

@@ -75,6 +75,7 @@ def run(
     with status(f"Reading {calibration}"):
         tokens = read_calibration(calibration, AutoTokenizer.from_pretrained(str(folder)), rows=rows, length=row_length)
     with progress_bars() as update:
+        update("Quantizing", 0, None, note="reading the source")
 
         def progress(report, done, total):
             update("Quantizing", done, total, unit="matrices", note=f"{report.path}, error {report.error:.1e}")

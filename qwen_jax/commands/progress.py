@@ -1,0 +1,97 @@
+"""Progress on standard error: bars with rate and time left where it is a terminal, else a line a step."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+BYTES = "bytes"
+
+
+class Update(Protocol):
+    """Moves the bar of a step; the first call of a step opens it. `total` None: not known yet."""
+
+    def __call__(self, step: str, done: int, total: int | None, *, unit: str = "", note: str = "") -> None: ...
+
+
+class CountColumn(ProgressColumn):
+    """Done of total, in the task's unit."""
+
+    def render(self, task: Task) -> Text:
+        """See `ProgressColumn`."""
+        done, total = task.completed, task.total
+        if total is None:
+            return Text("")
+        if task.fields["unit"] == BYTES:
+            return Text(f"{done / 1e6:,.0f}/{total / 1e6:,.0f} MB")
+        return Text(f"{done:,.0f}/{total:,.0f} {task.fields['unit']}".rstrip())
+
+
+class RateColumn(ProgressColumn):
+    """Units a second, or seconds a unit where that is the larger number."""
+
+    def render(self, task: Task) -> Text:
+        """See `ProgressColumn`."""
+        speed = task.finished_speed or task.speed if task.total is not None else None
+        if not speed:
+            return Text("")
+        if task.fields["unit"] == BYTES:
+            return Text(f"{speed / 1e6:,.0f} MB/s", style="cyan")
+        return Text(f"{speed:,.1f}/s" if speed >= 1 else f"{1 / speed:,.1f} s each", style="cyan")
+
+
+class TimeColumn(ProgressColumn):
+    """The time left, and what it took once the step is over."""
+
+    def render(self, task: Task) -> Text:
+        """See `ProgressColumn`."""
+        if task.finished:
+            return Text(f"{clock(task.finished_time or 0)}", style="dim")
+        left = task.time_remaining
+        return Text("" if left is None else f"{clock(left)} left", style="magenta")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 3:20 or 1:02:05."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+@contextlib.contextmanager
+def progress_bars(console: Console | None = None) -> Iterator[Update]:
+    """Gives the function that moves the bars; steps stay on the screen after they have ended."""
+    console = Console(stderr=True) if console is None else console
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        CountColumn(),
+        RateColumn(),
+        TimeColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    tasks = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def update(step: str, done: int, total: int | None, *, unit: str = "", note: str = "") -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=total, unit=unit, note=note)
+                if not console.is_terminal:
+                    print(f"{step} …", file=sys.stderr, flush=True)
+            bars.update(tasks[step], completed=done, total=total, note=note)
+
+        yield update
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner with the time so far while the block runs, for what has no number of steps; gone afterwards."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bars.add_task(text, total=None)
+        yield
