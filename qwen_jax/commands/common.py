@@ -75,11 +75,11 @@ def first_awaited[T](parts: Iterable[T], text: str) -> Iterator[T]:
         yield from iterator
 
 
-def progress_bars() -> contextlib.AbstractContextManager["Update"]:
+def progress_bars(announce: bool = False) -> contextlib.AbstractContextManager["Update"]:
     """See `progress.progress_bars`; imported when used, for a quick --help."""
     from . import progress
 
-    return progress.progress_bars()
+    return progress.progress_bars(announce)
 
 
 def sampling_arguments(

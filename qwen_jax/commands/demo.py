@@ -42,7 +42,7 @@ def run(
     from ..info import describe
     from ..memory import device_peak, host_peak, reset_host_peak
 
-    with common.progress_bars() as progress:
+    with common.progress_bars(announce=True) as progress:
         checkpoints = demo_checkpoints(progress)
     reset_host_peak()
     start = time.perf_counter()

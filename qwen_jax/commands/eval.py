@@ -85,7 +85,7 @@ def run(
         if stride is not None:
             raise ValueError("--stride: with --compare windows do not overlap; leave it out.")
         kinds = ("float", "8-bit") if kv8 else ("float",)
-        with common.progress_bars() as update:
+        with common.progress_bars(announce=True) as update:
             rows = compare_models(
                 model,
                 compare,

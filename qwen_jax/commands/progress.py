@@ -1,4 +1,4 @@
-"""Progress on standard error: bars with rate and time left where it is a terminal, else a line a step."""
+"""Progress on standard error: bars with rate and time left where it is a terminal, else nothing or a line a step."""
 
 import contextlib
 import sys
@@ -63,9 +63,13 @@ def clock(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def progress_bars(console: Console | None = None) -> Iterator[Update]:
-    """Gives the function that moves the bars; steps stay on the screen after they have ended."""
-    console = Console(stderr=True) if console is None else console
+def progress_bars(announce: bool = False) -> Iterator[Update]:
+    """Gives the function that moves the bars; steps stay on the screen after they have ended.
+
+    Args:
+        announce: write a line a step where standard error is no terminal; else there is nothing then.
+    """
+    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -80,7 +84,7 @@ def progress_bars(console: Console | None = None) -> Iterator[Update]:
         def update(step: str, done: int, total: int | None, *, unit: str = "", note: str = "") -> None:
             if step not in tasks:
                 tasks[step] = bars.add_task(step, total=total, unit=unit, note=note)
-                if not console.is_terminal:
+                if announce and not console.is_terminal:
                     print(f"{step} …", file=sys.stderr, flush=True)
             bars.update(tasks[step], completed=done, total=total, note=note)
 

@@ -74,7 +74,7 @@ def run(
     folder = find(source)
     with status(f"Reading {calibration}"):
         tokens = read_calibration(calibration, AutoTokenizer.from_pretrained(str(folder)), rows=rows, length=row_length)
-    with progress_bars() as update:
+    with progress_bars(announce=True) as update:
         update("Quantizing", 0, None, note="reading the source")
 
         def progress(report, done, total):
