@@ -19,15 +19,18 @@ class WatchedCheckpoint(Checkpoint):
     def read(self, path: str) -> Module:
         """See `Checkpoint.read`."""
         module = super().read(path)
-        if self._left.pop(path, 0):
-            self._progress(self._total - sum(self._left.values()), self._total)
+        self._tell(path)
         return module
 
     def read_vector(self, path: str):
         """See `Checkpoint.read_vector`."""
         vector = super().read_vector(path)
-        self._left.pop(path, 0)
+        self._tell(path)
         return vector
+
+    def _tell(self, path: str) -> None:
+        if self._left.pop(path, 0):
+            self._progress(self._total - sum(self._left.values()), self._total)
 
 
 def open_checkpoint(folder, progress: Progress | None) -> Checkpoint:

@@ -39,14 +39,14 @@ def load(name: str | Path, **settings: Any) -> tuple["QwenForCausalLM", "Tokeniz
 
     compilation_cache.enable()
     folder = find(name)
-    with status(f"Loading {name}"):
+    with status(f"Loading {folder.name}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if is_converted(folder):  # read as a whole: there is nothing to count
             return QwenForCausalLM.from_pretrained(folder, **settings), tokenizer
     with progress_bars() as update:
 
         def progress(done: int, total: int) -> None:
-            update(f"Loading {name}", done, total, unit=BYTES)
+            update(f"Loading {folder.name}", done, total, unit=BYTES)
 
         return QwenForCausalLM.from_pretrained(folder, progress=progress, **settings), tokenizer
 

@@ -30,7 +30,7 @@ def run(
     folder = find(source)
     step, unit, write = ("Writing", "matrices", export) if is_converted(folder) else ("Reading", BYTES, convert)
     with progress_bars() as update:
-        write(folder, target, lambda done, total: update(f"{step} {source}", done, total, unit=unit))
+        write(folder, target, lambda done, total: update(f"{step} {folder.name}", done, total, unit=unit))
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     if json:
