@@ -13,7 +13,7 @@ def read_results(name: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no such file; says where it was looked for.
     """
-    places = [_HERE / "results", _HERE.parents[1] / "benchmarks" / "results"]
+    places = [_HERE / "measured", _HERE.parents[1] / "benchmarks" / "results"]
     for place in places:
         if (file := place / f"{name}.json").is_file():
             return json.loads(file.read_text(encoding="utf-8"))
