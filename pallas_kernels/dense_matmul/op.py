@@ -1,13 +1,15 @@
 """The public dense matmul and embedding lookup."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chip import default_chip
-from pallas_kernels.dense_matmul import layout, xla
+from pallas_kernels.dense_matmul import layout, transposed, xla
 from pallas_kernels.dense_matmul.tensor import DenseTensor
+from pallas_kernels.input_derivative import input_derivative
 from pallas_kernels.quantized_matmul.op import Choice, check_operands, log_choice
 
 
@@ -22,6 +24,8 @@ def dense_matmul(
     chip: str | None = None,
 ) -> jax.Array:
     """Multiplies by a dense weight: out[m, o] = Σᵢ x[m, i] · w[i, o] + bias[o], sums in float32.
+
+    It can be differentiated with respect to x alone, in reverse: weight and bias are constants.
 
     Args:
         x_MI: [..., in], float32, bfloat16 or float16; any leading dimensions.
@@ -43,7 +47,13 @@ def dense_matmul(
     chip = default_chip() if chip is None else chip
     rows_MI = x_MI.reshape(math.prod(lead), weight.in_features)
     choose(weight, rows_MI.shape[0], chip)
-    result_MO = xla.run(rows_MI, weight, layer, bias_O, chip, x_MI.dtype if out_dtype is None else out_dtype)
+    out_dtype = x_MI.dtype if out_dtype is None else out_dtype
+
+    def forward(x_MI, weight, layer, bias_O):
+        return xla.run(x_MI, weight, layer, bias_O, chip, out_dtype)
+
+    backward = functools.partial(transposed.run, dtype=x_MI.dtype, chip=chip)
+    result_MO = input_derivative(forward, backward, rows_MI, weight, layer, bias_O)
     return result_MO.reshape(*lead, weight.out_features)
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.chip import default_chip
-from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_tpu, xla
+from pallas_kernels.input_derivative import input_derivative
+from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_tpu, transposed, xla
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
@@ -61,6 +62,8 @@ def quantized_matmul(
     read once, packed, and its dequantized form never reaches memory; for many rows one layer at a time is dequantized
     where the kernel chosen says so (`choose`).
 
+    It can be differentiated with respect to x alone, in reverse (`transposed.py`): weight and bias are constants.
+
     Args:
         x_MI: [..., in], float32, bfloat16 or float16; any leading dimensions.
         weight: QuantizedTensor of logical shape [in, out] or, with `layer`, [layers, in, out].
@@ -79,9 +82,15 @@ def quantized_matmul(
     chip = default_chip() if chip is None else chip
     choice = choose(shape_of(x_MI, weight), chip, kernels)
     rows_MI = x_MI.reshape(math.prod(lead), weight.in_features)
-    if weight.permutation is not None:
-        rows_MI = rows_MI[:, take_layer(weight.permutation, layer)]
-    result_MO = KERNELS[choice.name].run(rows_MI, weight, layer, bias_O, chip)
+    kernel = KERNELS[choice.name]
+
+    def forward(x_MI, weight, layer, bias_O):
+        if weight.permutation is not None:
+            x_MI = x_MI[:, take_layer(weight.permutation, layer)]
+        return kernel.run(x_MI, weight, layer, bias_O, chip)
+
+    backward = functools.partial(transposed.run, unpack=unpack, chip=chip)
+    result_MO = input_derivative(forward, backward, rows_MI, weight, layer, bias_O)
     return result_MO.reshape(*lead, weight.out_features)
 
 
