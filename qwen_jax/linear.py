@@ -36,8 +36,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x, layer=None, out_dtype=None):
         """[..., in] → [..., out] in `out_dtype`, the dtype of x if None; `layer` indexes the stack."""
-        bias_O = None if self.bias is None else at_layer(self.bias, layer)
-        return self._multiply(x, layer, bias_O, out_dtype)
+        return self._multiply(x, layer, self.bias, out_dtype)
 
     def lookup(self, ids):
         """int [...] → [..., in]: columns of a single matrix, as the token table's."""

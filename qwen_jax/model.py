@@ -99,9 +99,10 @@ class Attention(nnx.Module):
         if step.rotary.logn_BT is not None:
             query_BTHK = query_BTHK * step.rotary.logn_BT[:, :, None, None].astype(query_BTHK.dtype)
 
-        bias_GK = None
+        bias_GK = stacked_bias = None
         if self.key_bias is not None:
-            bias_GK = at_layer(self.key_bias, layer).reshape(self.kv_heads, self.head_dim)
+            stacked_bias = self.key_bias.reshape(-1, self.kv_heads, self.head_dim)
+            bias_GK = at_layer(stacked_bias, layer)
         biased_BTGK = key_BTGK if bias_GK is None else key_BTGK + bias_GK.astype(key_BTGK.dtype)
         biased_BTGK = rotate(biased_BTGK, step.rotary)
         scale = self.head_dim**-0.5
@@ -116,7 +117,8 @@ class Attention(nnx.Module):
                 cache_layer,
                 step.lengths_B,
                 scale=scale,
-                key_bias_GK=bias_GK if kv.quantized else None,
+                key_bias_GK=stacked_bias if kv.quantized else None,
+                key_bias_layer=layer if kv.quantized and stacked_bias is not None else None,
                 key_rotary=step.key_rotary if kv.quantized else None,
                 sliding_window=self.sliding_window,
                 active_length=step.active_length,
@@ -182,9 +184,11 @@ class Decoder(nnx.Module):
         """Token ids int32 [B, T] to the last layer's normalised output [B, T, D], and the cache."""
         hidden_BTD = self.embedding.lookup(ids_BT).astype(self.dtype)
         for block in self.blocks:
-            if self.unroll or block.count == 1:
+            if block.count == 1 or (self.unroll and step.decode):
+                # One traced function for all layers: kernels are lowered once.
+                run = jax.jit(lambda hidden_BTD, kv, layer, block=block: block(hidden_BTD, step, kv, layer))
                 for layer in range(block.count):
-                    hidden_BTD, kv = block(hidden_BTD, step, kv, layer)
+                    hidden_BTD, kv = run(hidden_BTD, kv, jnp.int32(layer))
             else:
 
                 def body(carry, layer, block=block):

@@ -11,6 +11,7 @@ from pallas_kernels.dense_matmul import layout, transposed, xla
 from pallas_kernels.dense_matmul.tensor import DenseTensor
 from pallas_kernels.input_derivative import input_derivative
 from pallas_kernels.quantized_matmul.op import Choice, check_operands, log_choice
+from pallas_kernels.quantized_matmul.stack import one_bias
 
 
 def dense_matmul(
@@ -31,7 +32,7 @@ def dense_matmul(
         x_MI: [..., in], float32, bfloat16 or float16; any leading dimensions.
         weight: DenseTensor of logical shape [in, out] or, with `layer`, [layers, in, out].
         layer: which matrix of a stack, an int or an int32 scalar (may be traced); None for a single matrix.
-        bias_O: [out], added in float32; None for no bias.
+        bias_O: [out] or, like a stacked weight, [layers, out]; added in float32. None for no bias.
         out_dtype: of the result; None for x's.
         kernels: as for `quantized_matmul`, so that a model can hand one name to both; it is XLA that runs here.
         chip: `device_kind` of the device it will run on; None for JAX's default device.
@@ -47,6 +48,7 @@ def dense_matmul(
     chip = default_chip() if chip is None else chip
     rows_MI = x_MI.reshape(math.prod(lead), weight.in_features)
     choose(weight, rows_MI.shape[0], chip)
+    bias_O = one_bias(bias_O, layer)
     out_dtype = x_MI.dtype if out_dtype is None else out_dtype
 
     def forward(x_MI, weight, layer, bias_O):

@@ -1,8 +1,9 @@
-"""Attention over the cache on Hopper GPUs (Mosaic GPU): where it runs. The kernels: `mosaic_gpu_decode`, `mosaic_gpu_append`.
+"""Attention over the cache on Hopper GPUs: where it runs. The kernels: `mosaic_gpu_decode`, `mosaic_gpu_append`.
 
 Mosaic GPU takes 0.6 s to import, so these functions import it when a GPU asks for them.
 """
 
+TAKES_STACKED_BIAS = True
 CHIPS = ("H100", "H200", "H800", "H20", "GH200")  # tensor memory access and 227 KB of shared memory a block
 
 

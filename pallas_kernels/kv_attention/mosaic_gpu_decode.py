@@ -97,7 +97,16 @@ def shared_bytes(shape: TileShape, stages: int) -> int:
     return stages * stage + turned + 4 * shape.scratch + 1024
 
 
-def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmetic=None, interpret=None, whole=True):
+def build(
+    shape: TileShape,
+    plan: Plan,
+    dims,
+    window,
+    table_slots: int,
+    arithmetic=None,
+    interpret=None,
+    whole=True,
+):
     """The kernel as a function of arrays.
 
     Args:
@@ -111,9 +120,9 @@ def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmet
         whole: whether the last block merges an item; otherwise (the interpreter has no atomics) its slices stay.
 
     Returns:
-        f(query [B, G, share, K], keys, values, scales (4 or none), lengths [B], layer [1], counters [B·G] of zeros,
-        bias (bias_GK, cos, sin) or none) → (out [B·H, K], partial [W + B·G, share, K], statistics [W + B·G, share, 2]).
-        Item i's slice of block w lies at w + i.
+        f(query [B, G, share, K], keys, values, scales (4 or none), lengths [B], layers ([1], or two for a stacked
+        bias), counters [B·G] of zeros, bias ([G, K] or stacked, cos, sin) or none) → (out [B·H, K],
+        partial [W + B·G, share, K], statistics [W + B·G, share, 2]). Item i's slice of block w lies at w + i.
     """
     arithmetic = arithmetic or FastMerge(shape)
     slots, kv_heads, length = dims
@@ -128,8 +137,10 @@ def build(shape: TileShape, plan: Plan, dims, window, table_slots: int, arithmet
     def turn(smem, name, stage):
         return smem[name].at[stage, pl.ds(0, K // 2)]
 
-    def body(query, keys, values, scales, lengths, layer, counters, bias, out, partial, statistics, smem, barriers):
-        worker, layer = lax.axis_index("worker"), layer[0]
+    def body(query, keys, values, scales, lengths, layers, counters, bias, out, partial, statistics, smem, barriers):
+        worker, layer = lax.axis_index("worker"), layers[0][0]
+        if len(layers) == 2:
+            bias = (bias[0].at[layers[1][0]], *bias[1:])
         total, slot, before = arithmetic.locate(schedule, lengths, worker)
         begin = schedule.first_of(worker, total)
         todo = schedule.first_of(worker + 1, total) - begin
@@ -269,6 +280,7 @@ def attend_decode(
     *,
     scale: float,
     key_bias_GK=None,
+    key_bias_layer=None,
     key_rotary=None,
     sliding_window: int | None = None,
     active_length: int | None = None,
@@ -295,14 +307,21 @@ def attend_decode(
     plan = plan or plan_for(B, G, S, share, K, kv.quantized, biased)
     bias_dtype = str(key_bias_GK.dtype) if biased else None
     shape = TileShape(K, share, plan.blocks, kv.quantized, str(query_BHK.dtype), float(scale), bias_dtype)
-    kernel = build(shape, plan, (B, G, S), sliding_window, key_rotary[0].shape[0] if biased else 0)
+    kernel = build(
+        shape,
+        plan,
+        (B, G, S),
+        sliding_window,
+        key_rotary[0].shape[0] if biased else 0,
+    )
+    layers = (layer,) if key_bias_layer is None else (layer, key_bias_layer)
     out, _, _ = kernel(
         query_BHK.reshape(B, G, share, K),
         kv.keys,
         kv.values,
         tuple(getattr(kv, name) for name in SCALES) if kv.quantized else (),
         lengths_B.astype(jnp.int32),
-        jnp.asarray(layer, jnp.int32).reshape(1),
+        [jnp.asarray(index, jnp.int32).reshape(1) for index in layers],
         jnp.zeros(B * G, jnp.int32) if counters is None else counters,
         (key_bias_GK, *key_rotary) if biased else (),
     )

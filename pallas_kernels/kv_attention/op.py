@@ -1,6 +1,7 @@
 """Attention over a key/value cache: the public functions, and the choice of a kernel.
 
-A kernel module offers `unsupported(shape, chip)` (None, or one sentence why not) and `attend_decode`, `append`.
+A kernel module offers `unsupported(shape, chip)` (None, or one sentence why not) and `attend_decode`, `append`. One
+with TAKES_STACKED_BIAS reads its layer's entry of a stacked key bias itself, which saves a launch.
 """
 
 import dataclasses
@@ -90,6 +91,7 @@ def attend_decode(
     *,
     scale: float,
     key_bias_GK=None,
+    key_bias_layer=None,
     key_rotary=None,
     sliding_window: int | None = None,
     active_length: int | None = None,
@@ -105,6 +107,7 @@ def attend_decode(
         scale: factor on the logits.
         key_bias_GK: the keys' un-rotated bias, for an 8-bit cache whose keys were stored without it. It is added back
             exactly: q·R_p b = Σᵢ (q₁b₁ + q₂b₂)·cosₚᵢ + (q₂b₁ − q₁b₂)·sinₚᵢ over the pairs i of a head.
+        key_bias_layer: which entry, where key_bias_GK is stacked over layers; None where it is not.
         key_rotary: (cos, sin), float32 [B or 1, S, K/2], the tables the keys were rotated with; goes with key_bias_GK.
         sliding_window: only the newest so many tokens are seen; None for all.
         active_length: no slot holds more tokens than this; the xla form reads only that much of the cache.
@@ -114,6 +117,9 @@ def attend_decode(
         [B, H, K] in the dtype of the query.
     """
     kernel = _kernel(kv, query_BHK.shape[1], query_BHK.dtype, kernels)
+    if key_bias_layer is not None and not getattr(kernel, "TAKES_STACKED_BIAS", False):
+        key_bias_GK, key_bias_layer = key_bias_GK[key_bias_layer], None
+    stacked = {} if key_bias_layer is None else {"key_bias_layer": key_bias_layer}
     return kernel.attend_decode(
         query_BHK,
         kv,
@@ -124,6 +130,7 @@ def attend_decode(
         key_rotary=key_rotary,
         sliding_window=sliding_window,
         active_length=active_length,
+        **stacked,
     )
 
 

@@ -17,9 +17,11 @@ from jax import lax
 
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
+from pallas_kernels.quantized_matmul.stack import one_bias
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
 LAYOUT = layout.LAYOUT
+TAKES_STACKED_BIAS = True
 prepack = layout.prepack
 unpack = layout.unpack
 
@@ -63,7 +65,7 @@ def form(shape: MatmulShape, chip: str) -> str:
 
 
 def run(
-    x_MI: jax.Array, weight: QuantizedTensor, layer, bias_O, chip: str, *, portable: bool = False, tiling=None
+    x_MI: jax.Array, weight: QuantizedTensor, layer, bias, chip: str, *, portable: bool = False, tiling=None
 ) -> jax.Array:
     """[M, O] in x's dtype; x's columns are already in the order of the stored rows.
 
@@ -71,7 +73,7 @@ def run(
         x_MI: [M, in].
         weight: in layout "mosaic_gpu".
         layer: None, or which matrix of a stack; a traced index was measured to be as fast as an int.
-        bias_O: [out], added in float32, or None.
+        bias: [out] or [layers, out], added in float32, or None.
         chip: device kind.
         portable: plain operations in place of those that the GPU interpreter cannot run.
         tiling: a tiling of `mosaic_gpu_small` or `mosaic_gpu_large` in place of the chosen one.
@@ -80,6 +82,7 @@ def run(
     dtype = jnp.dtype(x_MI.dtype).name
     if dtype == "float32":
         result_MO = jnp.dot(x_MI, dequantize(weight, layer), precision=lax.Precision.HIGHEST)
+        bias_O = one_bias(bias, layer)
         return result_MO if bias_O is None else result_MO + bias_O.astype(jnp.float32)
     if tiling is None:
         shape = MatmulShape(
@@ -94,7 +97,7 @@ def run(
         )
         tiling, _ = choose_tiling(shape, chip)
     kernel = small if isinstance(tiling, small.Tiling) else large
-    return kernel.call(x_MI, weight, layer, bias_O, tiling=tiling, portable=portable)
+    return kernel.call(x_MI, weight, layer, bias, tiling=tiling, portable=portable)
 
 
 def dequantize(weight: QuantizedTensor, layer) -> jax.Array:
@@ -190,7 +193,8 @@ def fits(tiling, rows: int, in_features: int, out_features: int, bits: int, grou
     """Whether a block's shared memory suffices, zero-points and 16-bit scales counted."""
     small, large = _kernels()
     strips = -(-out_features // layout.PADDING) * (layout.PADDING // layout.STRIP)
-    common = (rows, in_features, out_features, bits, group_size, False, None, "bfloat16", "bfloat16", False, None)
+    common = (rows, in_features, out_features, bits, group_size, False, None, "bfloat16", "bfloat16", False)
+    common += (None, False)
     if isinstance(tiling, small.Tiling):
         return small.fast_form.shared_bytes(small.Problem(*common, strips, tiling)) <= limit
     tiling = large.fitted(tiling, strips, layout.chunks(in_features), group_size)

@@ -26,6 +26,7 @@ class Problem:
     scale_dtype: str
     symmetric: bool
     bias_dtype: str | None
+    bias_stacked: bool
     strips: int
     tiling: Any
 
@@ -36,7 +37,7 @@ def zero_rows(groups: int, columns: int) -> int:
 
 
 def describe(
-    x_MI: jax.Array, weight: QuantizedTensor, layer, bias_O, after, portable: bool
+    x_MI: jax.Array, weight: QuantizedTensor, layer, bias, after, portable: bool
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """(a `Problem`'s fields but the tiling, the kernel's operands by name, in order).
 
@@ -57,7 +58,8 @@ def describe(
         dtype=fragments.name(x_MI.dtype),
         scale_dtype=fragments.name(weight.scales.dtype),
         symmetric=weight.zeros is None,
-        bias_dtype=None if bias_O is None else fragments.name(bias_O.dtype),
+        bias_dtype=None if bias is None else fragments.name(bias.dtype),
+        bias_stacked=bias is not None and bias.ndim == 2,
         strips=strips,
     )
     operands = {"x": fragments.padded(x_MI, layout.CHUNK), "packed": weight.packed, "scales": weight.scales}
@@ -65,9 +67,9 @@ def describe(
         operands["zeros"] = weight.zeros
     if weight.stack and static_layer is None:
         operands["layer"] = jnp.asarray(layer, jnp.int32).reshape(1)
-    if bias_O is not None:
+    if bias is not None:
         missing = strips * layout.STRIP - weight.out_features if portable else 0
-        operands["bias"] = jnp.pad(bias_O, (0, missing)) if missing else bias_O
+        operands["bias"] = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(0, missing)]) if missing else bias
     if after is not None:
         operands["after"] = after
     return properties, operands

@@ -36,6 +36,7 @@ from pallas_kernels.quantized_matmul.mosaic_gpu_large_warp import (
     fitted,
     staging_fits,
 )
+from pallas_kernels.quantized_matmul.stack import one_bias
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
 
@@ -43,7 +44,7 @@ def call(
     x_MI: jax.Array,
     weight: QuantizedTensor,
     layer=None,
-    bias_O=None,
+    bias=None,
     *,
     tiling: Tiling,
     portable: bool = False,
@@ -54,7 +55,7 @@ def call(
     `portable` and `after`: as in `mosaic_gpu_small.call`.
     """
     rows = x_MI.shape[0]
-    properties, inputs = describe(x_MI, weight, layer, bias_O, after, portable)
+    properties, inputs = describe(x_MI, weight, layer, bias, after, portable)
     tiling = fitted(tiling, properties["strips"], layout.chunks(x_MI.shape[1]), weight.group_size)
     problem = Problem(**properties, tiling=tiling)
     if not staging_fits(problem.tiling):
@@ -64,6 +65,7 @@ def call(
         parts_SMO = _compiled(problem, tuple(inputs), portable)(*inputs.values())
         total_MO = functools.reduce(jnp.add, [parts_SMO[split] for split in range(parts_SMO.shape[0])])
         total_MO = total_MO[:rows, : weight.out_features]
+        bias_O = one_bias(bias, layer)
         return (total_MO if bias_O is None else total_MO + bias_O.astype(jnp.float32)).astype(x_MI.dtype)
     return _compiled(problem, tuple(inputs), portable)(*inputs.values())[:rows, : weight.out_features]
 
@@ -198,6 +200,8 @@ def _body(problem: Problem, inputs, out_gmem, scratch, portable: bool):
         plgpu.barrier_arrive(scratch["done"])
         plgpu.barrier_wait(scratch["done"])
         out = out_gmem.at[lax.axis_index("split")] if problem.parts else out_gmem
+        if problem.bias_stacked and "bias" in inputs:
+            inputs["bias"] = weight("bias")
         finish(problem, sums, scratch, inputs, out, warpgroup, strip * layout.STRIP, first, row)
 
 

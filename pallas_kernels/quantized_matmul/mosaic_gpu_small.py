@@ -32,7 +32,7 @@ def call(
     x_MI: jax.Array,
     weight: QuantizedTensor,
     layer=None,
-    bias_O=None,
+    bias=None,
     *,
     tiling: Tiling,
     portable: bool = False,
@@ -43,7 +43,7 @@ def call(
     `portable` swaps the two pieces that the interpreter cannot run (`multiply`, `finish`) for plain ones. `after`:
     see `mosaic_gpu_call.describe`.
     """
-    properties, inputs = describe(x_MI, weight, layer, bias_O, after, portable)
+    properties, inputs = describe(x_MI, weight, layer, bias, after, portable)
     tiling = dataclasses.replace(tiling, strips=min(tiling.strips, properties["strips"]))
     problem = Problem(**properties, tiling=tiling)
     return _compiled(problem, tuple(inputs), portable)(*inputs.values())[:, : weight.out_features]
@@ -175,4 +175,6 @@ def _body(problem: Problem, inputs, out_gmem, scratch, multiply, finish):
     count = lax.div(stages - warpgroup + tiling.warpgroups - 1, tiling.warpgroups)
     sums = lax.fori_loop(0, count, step, sums)
     first = block * problem.columns
+    if problem.bias_stacked:
+        inputs["bias"] = weight("bias")
     finish(problem, sums, scratch, inputs, out_gmem, warpgroup, strip * layout.STRIP, first)

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.chip import default_chip
 from pallas_kernels.input_derivative import input_derivative
 from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_tpu, transposed, xla
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
+from pallas_kernels.quantized_matmul.stack import one_bias, take_layer
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 #   form(shape, chip) -> str              one line for the log and `info`
 #   run(x_MI, weight, layer, bias_O, chip) -> [M, O] in x's dtype: x's columns already follow the stored rows (act-order
 #       is gathered before), layer is None or an index into the stack (an int or a traced int32), bias_O is added in
-#       float32
+#       float32; with TAKES_STACKED_BIAS it may also be [layers, out], which saves a launch that slices it
 #   and, where it wants a layout of its own: LAYOUT (its name), prepack(weight) and unpack(weight), exact inverses.
 KERNELS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla}
 
@@ -68,7 +68,7 @@ def quantized_matmul(
         x_MI: [..., in], float32, bfloat16 or float16; any leading dimensions.
         weight: QuantizedTensor of logical shape [in, out] or, with `layer`, [layers, in, out].
         layer: which matrix of a stack, an int or an int32 scalar (may be traced); None for a single matrix.
-        bias_O: [out], added in float32; None for no bias.
+        bias_O: [out] or, like a stacked weight, [layers, out]; added in float32. None for no bias.
         kernels: "auto" or a name in `KERNELS`.
         chip: `device_kind` of the device it will run on; None for JAX's default device.
 
@@ -83,6 +83,8 @@ def quantized_matmul(
     choice = choose(shape_of(x_MI, weight), chip, kernels)
     rows_MI = x_MI.reshape(math.prod(lead), weight.in_features)
     kernel = KERNELS[choice.name]
+    if not getattr(kernel, "TAKES_STACKED_BIAS", False):
+        bias_O = one_bias(bias_O, layer)
 
     def forward(x_MI, weight, layer, bias_O):
         if weight.permutation is not None:
@@ -163,12 +165,6 @@ def log_choice(operation: str, chip: str, choice: Choice) -> None:
     logger.info("%s on %s: %s", operation, chip, choice)
 
 
-def take_layer(array, layer):
-    """One layer of a stacked array (the array itself if `layer` is None)."""
-    array = jnp.asarray(array)
-    return array if layer is None else lax.dynamic_index_in_dim(array, layer, 0, keepdims=False)
-
-
 def check_operands(operation: str, x_MI, weight, layer, bias_O) -> tuple[int, ...]:
     """Checks what quantized and dense matmul have in common; returns x's leading dimensions."""
     if jnp.dtype(x_MI.dtype).name not in ("float32", "bfloat16", "float16"):
@@ -186,6 +182,10 @@ def check_operands(operation: str, x_MI, weight, layer, bias_O) -> tuple[int, ..
         raise ValueError(f"{operation}: layer={layer} given for a single matrix, leave it out.")
     if isinstance(layer, int) and not 0 <= layer < weight.stack[0]:
         raise ValueError(f"{operation}: layer={layer} is outside the stack of {weight.stack[0]} matrices.")
-    if bias_O is not None and tuple(bias_O.shape) != (weight.out_features,):
-        raise ValueError(f"{operation}: bias has shape {tuple(bias_O.shape)}, expected ({weight.out_features},).")
+    one = (weight.out_features,)
+    if bias_O is not None and tuple(bias_O.shape) not in (one, (*weight.stack, *one)):
+        raise ValueError(
+            f"{operation}: bias has shape {tuple(bias_O.shape)}, expected {one}"
+            + (f" or {(*weight.stack, *one)}." if weight.stack else ".")
+        )
     return tuple(x_MI.shape[:-1])

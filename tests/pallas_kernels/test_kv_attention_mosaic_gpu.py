@@ -115,11 +115,14 @@ def test_structure_under_the_interpreter(cache, share, workers, window, bias_slo
     lengths = jnp.asarray([201, 65], jnp.int32)
     query = jnp.asarray(random.normal(size=(B, H, K)), jnp.bfloat16)
     shape = TileShape(K, share, 1, cache == "uint8", "bfloat16", 0.2, "float32" if bias_slots else None)
-    bias, reference_bias = (), {}
+    bias, reference_bias, layers = (), {}, [jnp.ones(1, jnp.int32)]
     if bias_slots:
         bias_GK = jnp.asarray(random.normal(size=(G, K)) * 10, jnp.float32)
         rotary = random_rotary(random, bias_slots, S, K, factor=1.3)
-        bias, reference_bias = (bias_GK, *rotary), dict(key_bias_GK=bias_GK, key_rotary=rotary)
+        reference_bias = dict(key_bias_GK=bias_GK, key_rotary=rotary)
+        stacked = bias_slots == 2
+        bias = (jnp.stack([bias_GK * 3, bias_GK]) if stacked else bias_GK, *rotary)
+        layers += [jnp.ones(1, jnp.int32)] * stacked
     kernel = mosaic_gpu_decode.build(
         shape,
         mosaic_gpu_decode.Plan(1, 2, workers),
@@ -132,7 +135,7 @@ def test_structure_under_the_interpreter(cache, share, workers, window, bias_slo
     )
     scales = tuple(getattr(kv, name) for name in mosaic_gpu_decode.SCALES) if cache == "uint8" else ()
     out = kernel(
-        query.reshape(B, G, share, K), kv.keys, kv.values, scales, lengths, jnp.ones(1, jnp.int32),
+        query.reshape(B, G, share, K), kv.keys, kv.values, scales, lengths, layers,
         jnp.zeros(B * G, jnp.int32), bias,
     )  # fmt: skip
     assert not races_found()
@@ -292,7 +295,7 @@ GPU_CASES = [  # B, H, G, S, K, cache, dtype, bias, window
     (1, 32, 32, 4096, 128, "uint8", "bfloat16", "shared", None),
     (3, 28, 4, 520, 128, "bfloat16", "bfloat16", None, None),
     (2, 8, 1, 2048, 64, "bfloat16", "bfloat16", None, 700),
-    (2, 6, 2, 300, 96, "float16", "float16", None, None),
+    (2, 6, 2, 304, 96, "float16", "float16", None, None),
 ]
 
 
@@ -311,7 +314,10 @@ def test_attention_on_the_card(case):
         bias_GK[:, [K // 2 - 1, K - 2]] += (150, -90)
         options["key_bias_GK"] = jnp.asarray(bias_GK, jnp.float32)
         options["key_rotary"] = random_rotary(random, B if bias == "slots" else 1, S, K, factor=1.2)
-    attend = jax.jit(lambda q, kv, layer, n: mosaic_gpu_decode.attend_decode(q, kv, layer, n, **options))
+    given = dict(options)
+    if bias == "slots":
+        given |= dict(key_bias_GK=jnp.stack([options["key_bias_GK"] * 3, options["key_bias_GK"]]), key_bias_layer=1)
+    attend = jax.jit(lambda q, kv, layer, n: mosaic_gpu_decode.attend_decode(q, kv, layer, n, **given))
     poison = jnp.full((B * H * K + 2**20,), jnp.nan, jnp.float32)
     poison.block_until_ready()
     del poison  # its memory is what the outputs are likely made of

@@ -124,14 +124,15 @@ def test_interpreted(case):
     weight, matrix = make(in_features, out_features, **options)
     layer = 1 if weight.stack else None
     packed, x = own_layout.prepack(weight), inputs(rows, in_features)
-    bias = jnp.asarray(np.random.default_rng(5).normal(0, 20, out_features), jnp.bfloat16)
+    bias = jnp.asarray(np.random.default_rng(5).normal(0, 20, (*weight.stack, out_features)), jnp.bfloat16)
 
     def run(weight):
         traced = None if layer is None else jnp.int32(layer)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             return mosaic_gpu.run(x, weight, traced, bias, CHIP, portable=True, tiling=tiling)
 
-    want = np.asarray(x, np.float64) @ (matrix if layer is None else matrix[layer]) + np.asarray(bias, np.float64)
+    one = bias if layer is None else bias[layer]
+    want = np.asarray(x, np.float64) @ (matrix if layer is None else matrix[layer]) + np.asarray(one, np.float64)
     try:
         assert error(run(packed), want) < LIMIT
         assert not interpreter.get_races().races_found
@@ -272,14 +273,15 @@ def test_on_card(rows, dtype, in_features, out_features, options):
     weight, matrix = make(in_features, out_features, **options)
     layer = 2 if weight.stack else None
     x = inputs(rows, in_features, dtype)
-    bias = jnp.asarray(np.random.default_rng(5).normal(0, 20, out_features), dtype)
+    bias = jnp.asarray(np.random.default_rng(5).normal(0, 20, (*weight.stack, out_features)), dtype)
     chip = jax.devices()[0].device_kind
 
     def run(x, weight, layer, bias):
         return mosaic_gpu.run(x, weight, layer, bias, chip)
 
     got = jax.jit(run)(x, own_layout.prepack(weight), None if layer is None else jnp.int32(layer), bias)
-    want = np.asarray(x, np.float64) @ (matrix if layer is None else matrix[layer]) + np.asarray(bias, np.float64)
+    one = bias if layer is None else bias[layer]
+    want = np.asarray(x, np.float64) @ (matrix if layer is None else matrix[layer]) + np.asarray(one, np.float64)
     assert np.isfinite(np.asarray(got, np.float32)).all()
     assert error(got, want) < LIMIT
 

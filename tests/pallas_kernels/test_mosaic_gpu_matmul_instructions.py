@@ -81,7 +81,7 @@ def test_a_stage_of_few_rows(dtype, rows, bits, group_size, zeros, scale_dtype, 
     in_features = 1536
     weight, matrix = make(in_features, bits, group_size, zeros, scale_dtype)
     problem = small.Problem(
-        rows, in_features, 64, bits, group_size, False, None, dtype, scale_dtype, not zeros, None, 4,
+        rows, in_features, 64, bits, group_size, False, None, dtype, scale_dtype, not zeros, None, False, 4,
         small.Tiling(4, 1, 1),
     )  # fmt: skip
     x = np.random.default_rng(rows).normal(0.5, 1, (rows, 512)).astype(FLOATS[dtype])
@@ -119,7 +119,7 @@ def test_wgmma_operand(dtype, scale_sums, pieces, bits, group_size, zeros):
         pytest.skip("weights are scaled where groups are smaller than a tile of x")
     weight, matrix = make(128, bits, group_size, zeros, "float16")
     problem = large.Problem(
-        64, 128, 64, bits, group_size, False, None, dtype, "float16", not zeros, None, 4,
+        64, 128, 64, bits, group_size, False, None, dtype, "float16", not zeros, None, False, 4,
         large.Tiling(1, 64, 1, 1, 2, scale_sums, pieces),
     )  # fmt: skip
     named = {"packed": emulator.put(np.asarray(weight.packed)[0], 0)}
