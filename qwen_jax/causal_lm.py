@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from converters import peft
 from qwen_jax import checkpoint_store, conversation
+from qwen_jax.adapter import apply as apply_adapter
 from qwen_jax.config import ModelConfig
 from qwen_jax.generation import CHUNK, Chunk, Programs, bucket
 from qwen_jax.generation_config import GenerationConfig
@@ -85,6 +87,7 @@ class QwenForCausalLM:
         kernels: str = "auto",
         max_length: int | None = None,
         lm_head: str | None = None,
+        adapter: str | Path | None = None,
         progress: Progress | None = None,
     ) -> "QwenForCausalLM":
         """Loads a Hub id, a Hugging Face folder (float, GPTQ, compressed-tensors) or a folder written by `convert`.
@@ -99,6 +102,8 @@ class QwenForCausalLM:
             kernels: "auto" or the name of a kernel ("xla", "mosaic_gpu", …); see `qwen-jax info`.
             max_length: tokens a cache holds at most, prompt and answer; None for the model's own context.
             lm_head: "int8" rounds the output projection to 8 bits (other numbers than the checkpoint's); None keeps it.
+            adapter: a LoRA adapter's folder, of PEFT or of `qwen-jax finetune`: it runs beside the weights, which stay
+                as they are.
             progress: called with the bytes of Hugging Face files read so far and their number.
 
         Raises:
@@ -120,6 +125,9 @@ class QwenForCausalLM:
             folder, dtype=dtype, kernels=kernels, lm_head=lm_head, mesh=mesh, progress=progress
         )
         decoder = Decoder(weights.config, weights, dtype=dtype, kernels=kernels, unroll=jax.default_backend() == "gpu")
+        if adapter is not None:
+            whole: ModelConfig = getattr(weights, "whole_config", weights.config)
+            decoder = apply_adapter(decoder, peft.read(adapter, whole), weights, dtype=dtype, kernels=kernels)
         generation_config = GenerationConfig.from_folder(folder)
         return cls(
             decoder,

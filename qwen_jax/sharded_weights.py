@@ -132,6 +132,23 @@ class ShardedWeights(CheckpointWeights):
         module = self.checkpoint.read("embedding" if tied else "lm_head")
         return self._vocabulary(module.weight, None if tied else module.bias, head=True)
 
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def low_rank_cuts(self, path: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Which inputs and outputs of a projection each device has: (rows or None, columns or None), None for all.
+
+        Int [devices, length] in the projection's own order ("layers.0.attention.query"; the first generation's qkv is
+        one), −1 an empty one; for low-rank terms that run beside the projection.
+        """
+        _, layer, module = path.split(".", 2)
+        if module == "attention.output":  # act-order gathers inputs inside the projection: here they lie as heads do
+            return head_columns(self.layout.query_table, self.whole_config.head_dim), None
+        if module == "mlp.down":
+            return self._columns("mlp", int(layer))["gate"], None
+        fused, name = module.split(".")
+        columns = self._columns(fused, int(layer))
+        return None, columns[name] if name in columns else np.concatenate(list(columns.values()), axis=1)
+
     # -- who holds what ------------------------------------------------------------------------------------------------
 
     def _columns(self, path: str, layer: int) -> dict[str, np.ndarray]:

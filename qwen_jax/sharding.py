@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
+from qwen_jax.adapted_linear import AdaptedLinear
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import Linear, RMSNorm
 
@@ -34,7 +35,7 @@ AXES: dict[str, str | None] = {
     "layers": None,
     "length": None,
     "head_dim": None,
-    "private": None,  # the further dimensions of a kernel's own layout
+    "private": None,  # the further dimensions of a kernel's own layout, the rank of an adapter
 }
 
 KV_AXES = ("layers", "batch", "kv_heads", "length", "head_dim")
@@ -123,6 +124,9 @@ def parameter_axes(decoder) -> list[tuple[str, ...]]:
             names[id(module.scale)] = ("layers", "features")[-module.scale.ndim :]
     for block in decoder.blocks:
         names[id(block.attention.key_bias)] = ("layers", "heads")
+    for module in jax.tree.leaves(decoder, is_leaf=lambda node: isinstance(node, AdaptedLinear)):
+        if isinstance(module, AdaptedLinear):
+            names |= {id(array): axes for array, axes in module.array_axes()}
     return [names[id(leaf)] for leaf in jax.tree.leaves(decoder)]
 
 
