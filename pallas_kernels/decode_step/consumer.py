@@ -1,0 +1,191 @@
+"""The warps that compute: the five phases of a layer, with a meeting of all blocks before each.
+
+`reach` is the only place where blocks wait for each other.
+"""
+
+from pallas_kernels.decode_step import matmul
+from pallas_kernels.decode_step import instructions as d
+from pallas_kernels.decode_step.loader import Ring, first_strip, tiles_of
+from pallas_kernels.decode_step.plan import STRIP, Matrix, Plan
+from pallas_kernels.kv_attention import warp as w
+
+
+class Consumer:
+    """One thread's view: who it is, where things are, and how many meetings there were."""
+
+    def __init__(self, plan: Plan, pointers, shared, block, warp, lane):
+        self.plan, self.pointers, self.shared = plan, pointers, shared
+        self.block, self.warp, self.lane = block, warp, lane
+        self.thread = w.iadd(w.imul(warp, 32), lane)
+        self.ring = Ring(plan, shared)
+        self.results = matmul.results(plan, self.thread)
+
+    def meet(self):
+        """All consuming warps of the block."""
+        d.meet(1, 32 * self.plan.warps)
+
+    def reach(self, meetings):
+        """What any block wrote before is there for all after; `meetings` counts this one. A reduction over several
+        devices would take this place, between what a phase stores and what the next one reads."""
+        self.meet()
+        counter = self.pointers["counters"]
+
+        def wait():
+            d.count_up(counter)
+            d.await_count(counter, w.imul(meetings, self.plan.blocks))
+
+        w.when(w.equal(self.thread, 0), wait)
+        self.meet()
+
+    # -- the rows of x --------------------------------------------------------------------------------------------
+
+    def _pieces(self, width: int):
+        """(first element, whether it exists) of the eight neighbouring elements a thread takes in each round."""
+        threads, count = 32 * self.plan.warps, width // 8
+        for round_ in range(-(-count // threads)):
+            index = w.iadd(self.thread, round_ * threads)
+            exists = None if (round_ + 1) * threads <= count else w.less(index, count)
+            yield w.imul(w.imin(index, count - 1), 8), exists
+
+    def norm_scales(self, name: str, layer):
+        """A norm's scale of this thread's elements: read before a meeting, used after it."""
+        plan, dtype = self.plan, self.plan.norm_dtype
+        size = 4 if dtype == "float32" else 2
+        base = w.element(self.pointers[name], w.imul(layer, plan.hidden), size)
+        found = []
+        for first, _ in self._pieces(plan.hidden):
+            words = [w.load_words(base, w.iadd(w.imul(first, size), 16 * i), 4) for i in range(size // 2)]
+            found.append([word for four in words for word in four])
+        return found
+
+    def put_normed(self, source, scales):
+        """x = the RMS norm of `source` [B, D]."""
+        plan, x = self.plan, self.shared["x"]
+        rows = []
+        for row in range(plan.batch):
+            words = [
+                d.load_fresh(source, w.imul(w.iadd(first, row * plan.hidden), 2), 4)
+                for first, _ in self._pieces(plan.hidden)
+            ]
+            rows.append(words)
+        for row, pieces in enumerate(rows):
+            total = w.f32(0.0)
+            for words, (_, exists) in zip(pieces, self._pieces(plan.hidden), strict=True):
+                mine = w.f32(0.0)
+                for word in words:
+                    for value in w.unpack(word, "bf16"):
+                        mine = w.fma(value, value, mine)
+                total = w.add(total, mine if exists is None else w.select(exists, mine, w.f32(0.0)))
+            for distance in (16, 8, 4, 2, 1):
+                total = w.add(total, w.shuffle_xor(total, distance))
+            where = w.imul(w.iadd(w.imul(self.warp, plan.batch), row), 4)
+            w.when(w.equal(self.lane, 0), lambda where=where, total=total: w.store_floats(self.shared["small"], where, [total]))
+        self.meet()
+        for row, pieces in enumerate(rows):
+            total = w.f32(0.0)
+            for warp in range(plan.warps):
+                total = w.add(total, w.load_floats(self.shared["small"], (warp * plan.batch + row) * 4)[0])
+            inverse = d.reciprocal_sqrt(w.fma(total, w.f32(1 / plan.hidden), w.f32(plan.epsilon)))
+            for words, scale, (first, exists) in zip(pieces, scales, self._pieces(plan.hidden), strict=True):
+                new = []
+                for index, word in enumerate(words):
+                    values = w.unpack(word, "bf16")
+                    if plan.norm_dtype == "float32":
+                        factors = [w.as_float(scale[2 * index + e]) for e in range(2)]
+                    else:
+                        factors = w.unpack(scale[index], "bf16")
+                    new.append(w.pack(*(w.mul(w.mul(v, inverse), f) for v, f in zip(values, factors, strict=True)), "bf16"))
+                where = w.iadd(w.imul(first, 2), row * plan.x_stride)
+                w.when(exists, lambda where=where, new=new: w.store_words(x, where, new))
+        self.meet()
+
+    def put_plain(self, source, width: int):
+        """x = `source` [B, width]."""
+        plan, moved = self.plan, []
+        for row in range(plan.batch):
+            for first, exists in self._pieces(width):
+                words = d.load_fresh(source, w.imul(w.iadd(first, row * width), 2), 4)
+                moved.append((w.iadd(w.imul(first, 2), row * plan.x_stride), exists, words))
+        for where, exists, words in moved:
+            w.when(exists, lambda where=where, words=words: w.store_words(self.shared["x"], where, words))
+        self.meet()
+
+    def put_attended(self):
+        """x = the parts of attention [B, H · K], merged in order."""
+        plan, K = self.plan, self.plan.head_dim
+        threads, count = 32 * plan.warps, plan.batch * plan.heads * K // 4
+        partial, statistics = self.pointers["partial"], self.pointers["statistics"]
+        together = min(plan.splits, 8)
+        for round_ in range(-(-count // threads)):
+            index = w.iadd(self.thread, round_ * threads)
+            exists = None if (round_ + 1) * threads <= count else w.less(index, count)
+            index = w.imin(index, count - 1)
+            head, at = w.idiv(index, K // 4), w.imul(w.irem(index, K // 4), 4)  # head of all rows
+            item, query = w.idiv(head, plan.share), w.irem(head, plan.share)
+
+            def part(begin, carried, item=item, query=query, at=at):
+                read = []
+                for number in range(together):
+                    split = w.imin(w.iadd(begin, number), plan.splits - 1)
+                    row = w.iadd(w.imul(w.iadd(w.imul(item, plan.splits), split), plan.share), query)
+                    facts = [w.as_float(x) for x in d.load_fresh(w.element(statistics, row, 8), 0, 2)]
+                    values = d.load_fresh(w.element(partial, w.iadd(w.imul(row, K), at), 4), 0, 4)
+                    read.append((w.less(w.iadd(begin, number), plan.splits), *facts, [w.as_float(x) for x in values]))
+                top, weight, *values = carried
+                highest = top
+                for _, their_top, _, _ in read:
+                    highest = w.maximum(highest, their_top)
+                ratio = w.exp2(w.sub(top, highest))
+                weight, values = w.mul(weight, ratio), [w.mul(value, ratio) for value in values]
+                for valid, their_top, their_weight, theirs in read:
+                    ratio = w.select(valid, w.exp2(w.sub(their_top, highest)), w.f32(0.0))
+                    weight = w.fma(their_weight, ratio, weight)
+                    values = [w.fma(other, ratio, value) for other, value in zip(theirs, values, strict=True)]
+                return [highest, weight, *values]
+
+            merged = w.loop(w.i32(plan.splits), together, [w.f32(-3e38), *[w.f32(0.0)] * 5], part)
+            _, weight, *values = merged
+            values = [w.divide(value, weight) for value in values]
+            row, column = w.idiv(head, plan.heads), w.iadd(w.imul(w.irem(head, plan.heads), K), at)
+            where = w.iadd(w.imul(row, plan.x_stride), w.imul(column, 2))
+            words = [w.pack(values[0], values[1], "bf16"), w.pack(values[2], values[3], "bf16")]
+            w.when(exists, lambda where=where, words=words: w.store_words(self.shared["x"], where, words))
+        self.meet()
+
+    # -- phases ---------------------------------------------------------------------------------------------------
+
+    def multiply(self, matrix: Matrix, sequence, put, finish):
+        """One projection: `put()` fills x, `finish(row, column)` gives what stores a result from its sums (one, or gate and up)."""
+        plan, count = self.plan, tiles_of(matrix, self.block)
+
+        def work():
+            put()
+            stores = [
+                finish(row, w.iadd(w.imul(first_strip(matrix, self.block), STRIP), column))
+                for row, column, _ in self.results(matrix)
+            ]
+
+            def step(index, sums):
+                at = w.iadd(index, self.warp)
+                data, extra, full, empty, parity = self.ring.slot(w.iadd(sequence, at))
+                d.barrier_wait(full, parity)
+                sums = matmul.tile(
+                    plan, matrix, self.shared["x"], data, extra, self.lane, w.idiv(at, matrix.parts), sums
+                )
+                w.warp_barrier()
+                w.when(w.equal(self.lane, 0), lambda: d.barrier_arrive(empty))
+                return sums
+
+            mine = w.imax(w.iadd(count, w.imul(self.warp, -1)), 0)
+            sums = w.loop(mine, plan.warps, [w.f32(0.0)] * (4 * matrix.width), step)
+            matmul.store_sums(plan, matrix, self.shared["sums"], self.warp, self.lane, sums)
+            self.meet()
+            for store, (row, column, exists) in zip(stores, self.results(matrix), strict=True):
+                sums = [
+                    matmul.gathered(plan, matrix, self.shared["sums"], row, column, half)
+                    for half in range(matrix.halves)
+                ]
+                w.when(exists, lambda store=store, sums=sums: store(sums))
+
+        w.when(w.less(0, count), work)
+        return w.iadd(sequence, count)

@@ -1,0 +1,135 @@
+"""What a persistent kernel needs beside `kv_attention.warp`: copy rings, barriers of a block and of the grid, operands.
+
+Emitted inside `plgpu.inline_mgpu`; pointers are LLVM pointers. `tests` hold a NumPy twin of each function.
+"""
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm
+
+from pallas_kernels.kv_attention import warp as w
+
+
+def thread_in_block():
+    """Index of the thread in its block."""
+    return arith.index_cast(w.i32_type(), gpu.thread_id(gpu.Dimension.x))
+
+
+def load_matrices(pointer, byte_offset: int):
+    """ldmatrix of four 8 × 8 matrices of 16-bit numbers; lane l gives the address of row l % 8 of matrix l // 8."""
+    text = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0,$1,$2,$3}}, [$4+{byte_offset}];"
+    return list(w.asm(text, [w.i32_type()] * 4, pointer, effects=True))
+
+
+def masked_or(word, mask: int, other: int):
+    """(word & mask) | other in one instruction."""
+    return w.asm("lop3.b32 $0, $1, $2, $3, 0xEA;", [w.i32_type()], word, w.i32(mask), w.i32(other))
+
+
+def shift_right(word, count: int):
+    """Logical shift of a word."""
+    return arith.shrui(word, w.i32(count)) if count else word
+
+
+def subtract_bf16x2(a, b):
+    """Difference of two words of bfloat16 pairs."""
+    return w.asm("sub.rn.bf16x2 $0, $1, $2;", [w.i32_type()], a, b)
+
+
+def masked_xor(word, mask: int, other: int):
+    """(word & mask) ^ other in one instruction."""
+    return w.asm("lop3.b32 $0, $1, $2, $3, 0x6A;", [w.i32_type()], word, w.i32(mask), w.i32(other))
+
+
+def float_of_byte(pointer, byte_offset):
+    """One unsigned byte of memory as a float."""
+    byte = llvm.load(ir.IntegerType.get_signless(8), w.offset(pointer, byte_offset), alignment=1)
+    return arith.uitofp(w.f32_type(), byte)
+
+
+def reciprocal_sqrt(x):
+    """1 / sqrt(x), 2^-22 relative."""
+    return w.asm("rsqrt.approx.ftz.f32 $0, $1;", [w.f32_type()], x)
+
+
+def load_fresh(pointer, byte_offset, count: int):
+    """1, 2 or 4 words that another block wrote, from the L2 cache (never a stale line of L1), in one access."""
+    results = ",".join(f"${index}" for index in range(count))
+    kind, results = ("b32", results) if count == 1 else (f"v{count}.b32", f"{{{results}}}")
+    text = f"ld.relaxed.gpu.global.{kind} {results}, [${count}];"
+    words = w.asm(text, [w.i32_type()] * count, w.offset(pointer, byte_offset), effects=True)
+    return [words] if count == 1 else list(words)
+
+
+def pick(condition, a, b):
+    """Pointer a where the condition holds, else b."""
+    return arith.select(condition, a, b)
+
+
+# -- barriers of a block ------------------------------------------------------------------------------------------
+
+
+def barrier_init(pointer, arrivals: int):
+    """Makes an mbarrier that completes a phase after so many arrivals and all bytes expected."""
+    w.asm("mbarrier.init.shared::cta.b64 [$0], $1;", [], pointer, w.i32(arrivals))
+
+
+def barriers_ready():
+    """Makes fresh mbarriers visible to the copy engine."""
+    w.asm("fence.mbarrier_init.release.cluster;", [])
+    w.asm("fence.proxy.async.shared::cta;", [])
+
+
+def barrier_expect(pointer, bytes_):
+    """Arrives and adds bytes to expect."""
+    w.asm("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", [], pointer, bytes_)
+
+
+def barrier_arrive(pointer):
+    """Arrives."""
+    w.asm("mbarrier.arrive.shared::cta.b64 _, [$0];", [], pointer)
+
+
+def barrier_wait(pointer, parity):
+    """Waits until the phase of this parity is complete."""
+    text = "{.reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @p bra.uni DONE; "
+    w.asm(text + "bra.uni WAIT; DONE: }", [], pointer, parity)
+
+
+def bulk_copy(target, source, bytes_, barrier):
+    """Copies contiguous global memory (whole 16 bytes) into shared memory; the barrier counts the bytes."""
+    text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    w.asm(text, [], target, source, bytes_, barrier)
+
+
+def fence_copies():
+    """Orders this thread's accesses to shared memory before the copy engine's that follow."""
+    w.asm("fence.proxy.async.shared::cta;", [])
+
+
+def meet(name: int, threads: int):
+    """Named barrier of some warps of the block."""
+    w.asm(f"bar.sync {name}, {threads};", [])
+
+
+# -- the grid -----------------------------------------------------------------------------------------------------
+
+
+def count_up(pointer):
+    """Adds one to a word of global memory for the whole device, after all that this thread knows of."""
+    w.asm("fence.acq_rel.gpu; red.release.gpu.global.add.u32 [$0], 1;", [], pointer)
+
+
+def await_count(pointer, target):
+    """Waits until a word of global memory has reached a count."""
+    text = "{.reg .pred p; .reg .u32 v; WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.lt.u32 p, v, $1; "
+    w.asm(text + "@p bra WAIT; }", [], pointer, target)
+
+
+def store_word(pointer, value):
+    """Stores a word of global memory for the whole device."""
+    w.asm("st.release.gpu.global.u32 [$0], $1;", [], pointer, value)
+
+
+def fence_all():
+    """Orders this thread's memory accesses for the whole device."""
+    w.fence_device()

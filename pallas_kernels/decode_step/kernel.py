@@ -1,0 +1,86 @@
+"""The launch: one block a multiprocessor, all resident; warps that compute and one that copies."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_step import instructions as d
+from pallas_kernels.decode_step.layer import consume
+from pallas_kernels.decode_step.loader import load
+from pallas_kernels.decode_step.plan import Plan
+from pallas_kernels.kv_attention import warp as w
+
+CACHE = ("keys", "values", "key_scales", "key_minimums", "value_scales", "value_minimums")
+
+
+def emit(plan: Plan, pointers, shared_base, block):
+    """The kernel of one thread. `pointers`: operands, results and cache by name; `shared_base`: all shared memory."""
+    offsets, _ = plan.regions()
+    shared = {name: w.offset(shared_base, at) for name, at in offsets.items()}
+    thread = d.thread_in_block()
+    warp, lane = w.broadcast(w.idiv(thread, 32), 0), w.irem(thread, 32)
+
+    def prepare():
+        for slot in range(plan.slots):
+            d.barrier_init(w.offset(shared["full"], 8 * slot), 1)
+            d.barrier_init(w.offset(shared["empty"], 8 * slot), 1)
+        d.barriers_ready()
+
+    w.when(w.equal(thread, 0), prepare)
+    d.meet(0, 32 * plan.warps + 128)
+    w.when(w.equal(warp, plan.warps), lambda: load(plan, pointers, shared, lane, block))
+    w.when(w.less(warp, plan.warps), lambda: consume(plan, pointers, shared, block, warp, lane))
+
+
+def result_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """The kernel's results: hidden, and what its phases hand to each other."""
+    B, parts = plan.batch, plan.items * plan.splits
+    bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return {
+        "hidden": bf16((B, plan.hidden)),
+        "mid": bf16((B, plan.hidden)),
+        "qkv": bf16((B, plan.matrix("qkv").out_features)),
+        "act": bf16((B, plan.inner)),
+        "partial": f32((parts, plan.share, plan.head_dim)),
+        "statistics": f32((parts, plan.share, 2)),
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def build(plan: Plan, names: tuple[str, ...], cached: tuple[str, ...]):
+    """f(*operands in the order of `names`, *cache refs in the order of `cached`) → results of `result_shapes`."""
+    results = result_shapes(plan)
+    _, size = plan.regions()
+
+    def body(*refs):
+        *refs, memory = refs
+        order = (*names, *cached, *results)
+        assert len(refs) == len(order)
+
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (len(order) + 1), plgpu.Layout.WG_SPLAT))
+        def run(ctx, *values):
+            del ctx
+            *values, memory, block = values
+            pointers = {name: utils.memref_ptr(value) for name, value in zip(order, values, strict=True)}
+            emit(plan, pointers, utils.memref_ptr(memory), block.registers.item())
+
+        run(*refs, memory, lax.axis_index("block"))
+
+    return plgpu.kernel(
+        body,
+        out_type=tuple(results.values()),
+        grid=(plan.blocks,),
+        grid_names=("block",),
+        num_threads=plan.warps // 4 + 1,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM((size,), jnp.uint8)],
+        compiler_params=plgpu.CompilerParams(
+            approx_math=False, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        kernel_name="decode_step",
+    )

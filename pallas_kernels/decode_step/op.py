@@ -1,0 +1,303 @@
+"""The public op: one decode step of a block of alike layers in one launch, and which shapes it takes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_step import plan as plans
+from pallas_kernels.kv_attention.tensor import KVArrays
+from pallas_kernels.quantized_matmul import QuantizedTensor
+from pallas_kernels.quantized_matmul.layout_mosaic_gpu import LAYOUT
+
+# Chips whose every multiprocessor holds one block: all must run at once, for they wait for each other.
+MULTIPROCESSORS = {
+    "NVIDIA H100 80GB HBM3": 132,
+    "NVIDIA H100 SXM5 80GB": 132,
+    "NVIDIA H100 SXM5": 132,
+    "NVIDIA H200": 132,
+    "NVIDIA GH200 480GB": 132,
+}
+WARPS = 16
+MOST_ROWS = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerWeights:
+    """Weights of L alike layers, each leaf stacked over them.
+
+    Attributes:
+        qkv: QuantizedTensor [L, D, (H + 2G) · K], layout "mosaic_gpu": query, key and value heads side by side.
+        output: [L, H · K, D].
+        gate_up: [L, D, 2F]: gate, then up.
+        down: [L, F, D].
+        attention_norm: [L, D], as mlp_norm.
+        mlp_norm: see attention_norm.
+        qkv_bias: [L, (H + 2G) · K] or None; zero at the keys, whose bias is `key_bias`.
+        key_bias: [L, G · K] or None.
+        query_norm: [L, K] or None, as key_norm.
+        key_norm: see query_norm.
+    """
+
+    qkv: QuantizedTensor
+    output: QuantizedTensor
+    gate_up: QuantizedTensor
+    down: QuantizedTensor
+    attention_norm: Any
+    mlp_norm: Any
+    qkv_bias: Any = None
+    key_bias: Any = None
+    query_norm: Any = None
+    key_norm: Any = None
+
+
+MATRICES = ("qkv", "output", "gate_up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeShape:
+    """What `unsupported` depends on.
+
+    Attributes:
+        batch: rows of x.
+        hidden: D.
+        heads: H.
+        kv_heads: G.
+        head_dim: K.
+        inner: F.
+        layers: L.
+        length: S of the cache.
+        cache: elements of the cache, layers · B · G · S.
+        quantized: 8-bit cache.
+        dtype: of x.
+        norm_dtype: of the norms.
+        biased: whether keys have a bias.
+        matrices: (name, bits, group_size, scales' dtype, symmetric, act-order, layout) of each projection.
+    """
+
+    batch: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    layers: int
+    length: int
+    cache: int
+    quantized: bool
+    dtype: str
+    norm_dtype: str
+    biased: bool
+    matrices: tuple[tuple[str, int, int, str, bool, bool, str], ...]
+
+
+def shape_of(x_BD, weights: LayerWeights, kv: KVArrays) -> DecodeShape:
+    """The `DecodeShape` of a call."""
+    layers, _, kv_heads, length, head_dim = kv.keys.shape
+    facts = []
+    for name in MATRICES:
+        tensor = getattr(weights, name)
+        facts.append(
+            (name, tensor.bits, tensor.group_size, jnp.dtype(tensor.scales.dtype).name, tensor.zeros is None,
+             tensor.permutation is not None, tensor.layout)
+        )  # fmt: skip
+    return DecodeShape(
+        batch=x_BD.shape[0],
+        hidden=x_BD.shape[1],
+        heads=weights.output.in_features // head_dim,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        inner=weights.down.in_features,
+        layers=weights.qkv.stack[0] if weights.qkv.stack else 0,
+        length=length,
+        cache=layers * kv.keys.shape[1] * kv_heads * length,
+        quantized=kv.quantized,
+        dtype=jnp.dtype(x_BD.dtype).name,
+        norm_dtype=jnp.dtype(weights.attention_norm.dtype).name,
+        biased=weights.key_bias is not None,
+        matrices=tuple(facts),
+    )
+
+
+def unsupported(shape: DecodeShape, chip: str) -> str | None:
+    """None, or one sentence why the kernel cannot run `shape` on `chip`."""
+    if chip not in MULTIPROCESSORS:
+        return f"it needs a chip of known size, all of whose blocks run at once ({', '.join(MULTIPROCESSORS)})"
+    if not 1 <= shape.batch <= MOST_ROWS:
+        return f"it takes 1 to {MOST_ROWS} rows, not {shape.batch}"
+    if shape.dtype != "bfloat16" or shape.norm_dtype not in ("bfloat16", "float32"):
+        return f"it computes in bfloat16 with norms in bfloat16 or float32, not {shape.dtype} and {shape.norm_dtype}"
+    if not shape.layers:
+        return "its weights are stacked over the layers"
+    if shape.head_dim != 128 or shape.heads % shape.kv_heads or shape.heads // shape.kv_heads > 8:
+        return (
+            f"its heads have 128 channels, 1 to 8 of them a key/value head, not {shape.head_dim} channels and "
+            f"{shape.heads} for {shape.kv_heads}"
+        )
+    if shape.length % 16:
+        return f"its cache's length is a multiple of 16, not {shape.length}"
+    if shape.cache >= 2**31:
+        return f"its cache holds fewer than 2^31 tokens of all layers and heads, not {shape.cache}"
+    if shape.hidden % 128 or shape.inner % 128:
+        return f"its widths are multiples of 128, not {shape.hidden} and {shape.inner}"
+    for name, bits, group_size, scale_dtype, _, permuted, layout in shape.matrices:
+        if layout != LAYOUT:
+            return f"it reads layout {LAYOUT!r}, {name} is in {layout!r}: prepack the weight"
+        if bits not in (4, 8):
+            return f"it takes 4 or 8 bits, {name} has {bits}"
+        if permuted:
+            return f"it does not gather activations, {name} has act-order"
+        if scale_dtype not in ("bfloat16", "float16"):
+            return f"its scales are bfloat16 or float16, those of {name} are {scale_dtype}"
+        if not (group_size in (32, 64) or group_size % 128 == 0):
+            return f"it takes groups of 32, 64 or a multiple of 128, {name} has {group_size}"
+    try:
+        plan = plan_for(shape, MULTIPROCESSORS[chip])
+    except ValueError as error:
+        return str(error)
+    if plan.slots < 12:
+        return f"{shape.batch} rows of {max(shape.hidden, shape.inner)} leave too little shared memory"
+    return None
+
+
+def plan_for(shape: DecodeShape, blocks: int, *, warps: int = WARPS, slots: int | None = None, **facts):
+    """The `Plan` of a shape; `facts` are its fields that the shape does not tell (defaults serve `unsupported`)."""
+    K, qkv_out = shape.head_dim, (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    sizes = {
+        "qkv": (shape.hidden, qkv_out, 1),
+        "output": (shape.heads * K, shape.hidden, 1),
+        "gate_up": (shape.hidden, 2 * shape.inner, 2),
+        "down": (shape.inner, shape.hidden, 1),
+    }
+    matrices = []
+    for name, bits, group_size, scale_dtype, symmetric, _, _ in shape.matrices:
+        rows, columns, halves = sizes[name]
+        most = 4 if symmetric or group_size >= 64 else 3
+        parts, width, deep = plans.divide(
+            name, columns // halves, halves, bits, warps, blocks, rows // plans.CHUNK, most
+        )
+        matrices.append(
+            plans.Matrix(name, rows, columns, halves, bits, group_size, scale_dtype, -(-columns // 64) * 64,
+                         symmetric, parts, width, deep)
+        )  # fmt: skip
+    defaults = dict(
+        cache_layers=shape.layers, first_layer=0, epsilon=1e-6, scale=K**-0.5, window=None, bias_dtype=None,
+        key_bias_dtype="bfloat16" if shape.biased else None, qk_norm=False, logn=False, rotary_rows=1,
+        table_rows=int(shape.biased), skip=(),
+        splits=plans.splits_for(shape.batch * shape.kv_heads, blocks, shape.length, shape.heads // shape.kv_heads),
+    )  # fmt: skip
+    plan = plans.Plan(
+        layers=shape.layers, batch=shape.batch, hidden=shape.hidden, heads=shape.heads, kv_heads=shape.kv_heads,
+        inner=shape.inner, head_dim=K, length=shape.length, quantized=shape.quantized, norm_dtype=shape.norm_dtype,
+        matrices=tuple(matrices), blocks=blocks, warps=warps, slots=0, **(defaults | facts),
+    )  # fmt: skip
+    _, rest = plan.regions()
+    room = (plans.SHARED_BYTES - rest - 3 * 128) // (plans.SLOT_BYTES + plan.extra_stride + 16)
+    return dataclasses.replace(plan, slots=room if slots is None else min(slots, room))
+
+
+def operands(plan, x_BD, weights: LayerWeights, lengths_B, rotary, key_rotary, logn_B):
+    """The kernel's inputs by name."""
+    found = {
+        "x": x_BD,
+        "lengths": lengths_B.astype(jnp.int32),
+        "counters": jnp.zeros(32, jnp.int32),
+        "new_cos": rotary[0].astype(jnp.float32),
+        "new_sin": rotary[1].astype(jnp.float32),
+        "attention_norm": weights.attention_norm,
+        "mlp_norm": weights.mlp_norm,
+    }
+    for name in MATRICES:
+        tensor = getattr(weights, name)
+        found[f"{name}.packed"], found[f"{name}.scales"] = tensor.packed, tensor.scales
+        if tensor.zeros is not None:
+            found[f"{name}.zeros"] = tensor.zeros
+    for name in ("qkv_bias", "key_bias", "query_norm", "key_norm"):
+        if getattr(weights, name) is not None:
+            found[name] = getattr(weights, name)
+    if plan.biased:
+        found["all_cos"], found["all_sin"] = key_rotary
+    if logn_B is not None:
+        found["logn"] = logn_B.astype(jnp.float32)
+    return found
+
+
+def run(
+    x_BD: jax.Array,
+    weights: LayerWeights,
+    kv: KVArrays,
+    lengths_B: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    *,
+    chip: str,
+    epsilon: float,
+    key_rotary: tuple[jax.Array, jax.Array] | None = None,
+    logn_B: jax.Array | None = None,
+    sliding_window: int | None = None,
+    first_layer: int = 0,
+    plan_options: dict[str, Any] | None = None,
+) -> tuple[jax.Array, KVArrays]:
+    """(hidden after all layers [B, D], the cache with the new token), one token a row; in place if kv is donated.
+
+    Args:
+        x_BD: bfloat16 [B, D], the tokens' embeddings or the block before.
+        weights: of the block's layers.
+        kv: the cache, [cache layers, B, G, S, K], bfloat16 or 8 bits.
+        lengths_B: int32 [B], valid tokens including the new one, which is written at lengths − 1.
+        rotary: (cos, sin), float32 [B or 1, K/2], of the new tokens' positions.
+        chip: `device_kind`; must not be `unsupported`.
+        epsilon: of all norms.
+        key_rotary: (cos, sin), float32 [B or 1, S, K/2], tables of all positions: needed where keys have a bias and the
+            cache 8 bits, and 16 positions at the least.
+        logn_B: float32 [B], factor of the queries, or None.
+        sliding_window: only the newest so many tokens are seen; None for all.
+        first_layer: the cache's layer of the block's first.
+        plan_options: for tuning: fields of `plan.Plan`.
+
+    Raises:
+        ValueError: the shape is unsupported, or key_rotary is missing.
+    """
+    shape = shape_of(x_BD, weights, kv)
+    if (reason := unsupported(shape, chip)) is not None:
+        raise ValueError(f"decode_step on {chip}: {reason}.")
+    biased = weights.key_bias is not None
+    if biased and kv.quantized and key_rotary is None:
+        raise ValueError("decode_step: key_rotary is None; an 8-bit cache of keys with a bias needs the tables.")
+
+    def name_of(array):
+        return None if array is None else jnp.dtype(array.dtype).name
+
+    plan = plan_for(
+        shape,
+        MULTIPROCESSORS[chip],
+        **(
+            dict(
+                cache_layers=kv.keys.shape[0],
+                first_layer=first_layer,
+                epsilon=epsilon,
+                window=sliding_window,
+                bias_dtype=name_of(weights.qkv_bias),
+                key_bias_dtype=name_of(weights.key_bias),
+                qk_norm=weights.query_norm is not None,
+                logn=logn_B is not None,
+                rotary_rows=rotary[0].shape[0],
+                table_rows=key_rotary[0].shape[0] if biased and kv.quantized else 0,
+            )
+            | (plan_options or {})
+        ),
+    )
+    return call(plan, x_BD, weights, kv, lengths_B, rotary, key_rotary, logn_B)
+
+
+def call(plan, x_BD, weights, kv: KVArrays, lengths_B, rotary, key_rotary, logn_B):
+    """`run` with a plan."""
+    from pallas_kernels.decode_step import kernel  # Mosaic GPU takes 0.6 s to import: only where a GPU runs it
+
+    inputs = operands(plan, x_BD, weights, lengths_B, rotary, key_rotary, logn_B)
+    refs = jax.tree.map(jax.new_ref, kv)
+    cached = tuple(name for name in kernel.CACHE if getattr(refs, name) is not None)
+    launch = kernel.build(plan, tuple(inputs), cached)
+    hidden_BD, *_ = launch(*inputs.values(), *(getattr(refs, name) for name in cached))
+    return hidden_BD, jax.tree.map(jax.freeze, refs)

@@ -1,0 +1,513 @@
+"""A NumPy emulation of whole grids: every warp runs a kernel's inline code by itself, meeting others as on a card.
+
+Stands in for `kv_attention.warp` (the class `Warp`'s functions) and `decode_step.instructions`. A value is an array
+over the 32 lanes of a warp; a pointer is bytes and an offset a lane. Warps take turns where they wait; copies land
+late and in a random order; a wait that nothing can end raises `Deadlock`.
+"""
+
+import contextlib
+import threading
+
+import ml_dtypes
+import numpy as np
+
+LANES = 32
+_LANE = np.arange(LANES)
+_HALVES = {"f16": np.float16, "bf16": ml_dtypes.bfloat16}
+_FLOATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+_here = threading.local()
+
+
+class Deadlock(Exception):
+    """Every warp waits."""
+
+
+class Memory:
+    """Bytes."""
+
+    def __init__(self, array):
+        self.bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()
+
+    def as_array(self, dtype, shape):
+        """A view of the contents."""
+        return self.bytes.view(dtype).reshape(shape)
+
+
+class Pointer:
+    """Memory and a byte offset a lane; after `pick` the memories may differ by lane."""
+
+    def __init__(self, memory, at=0):
+        self.memory = memory if isinstance(memory, list) else [memory] * LANES
+        self.at = np.broadcast_to(np.asarray(at, np.int64), (LANES,))
+
+
+class Barrier:
+    """An mbarrier."""
+
+    def __init__(self, arrivals):
+        self.arrivals = self.pending = arrivals
+        self.bytes, self.phase = 0, 0
+
+    def settle(self):
+        """Completes the phase if nothing is outstanding."""
+        if self.pending == 0 and self.bytes == 0:
+            self.phase, self.pending = self.phase + 1, self.arrivals
+
+
+class Grid:
+    """Runs `body(block, pointers, shared pointer)` on every warp of every block."""
+
+    def __init__(self, blocks, warps, shared_bytes, body, seed=0):
+        self.random = np.random.default_rng(seed)
+        self.copies, self.warps, self.error = [], [], None
+        self.turn = threading.Semaphore(0)
+        for block in range(blocks):
+            shared = Memory(np.full(shared_bytes, 0xFF, np.uint8))
+            facts = dict(barriers={}, named={}, shared=shared)
+            for warp in range(warps):
+                self.warps.append(_Warp(self, block, warp, facts, body))
+
+    def run(self):
+        """To the end."""
+        for warp in self.warps:
+            warp.thread.start()
+        alive = list(self.warps)
+        while alive:
+            progress = False
+            for warp in self.random.permutation(len(alive)):
+                warp = alive[warp]
+                if warp.waiting is not None and not warp.waiting():
+                    continue
+                progress, warp.waiting = True, None
+                warp.resume.release()
+                self.turn.acquire()
+                if self.error is not None:
+                    raise self.error
+                if self.random.random() < 0.3:
+                    self.land()
+            alive = [warp for warp in alive if not warp.done]
+            if not progress and not self.land(every=True) and alive:
+                waits = {(warp.block, warp.index): warp.why for warp in alive}
+                raise Deadlock(f"{len(alive)} warps wait: {dict(list(waits.items())[:12])}")
+
+    def land(self, every=False):
+        """Finishes some of the copies in flight; whether there were any."""
+        count = len(self.copies) if every else int(self.random.integers(0, len(self.copies) + 1))
+        for _ in range(count):
+            target, at, data, barrier = self.copies.pop(int(self.random.integers(0, len(self.copies))))
+            target.bytes[at : at + len(data)] = data
+            barrier.bytes -= len(data)
+            barrier.settle()
+        return count > 0
+
+
+class _Warp:
+    def __init__(self, grid, block, index, facts, body):
+        self.grid, self.block, self.index, self.facts = grid, block, index, facts
+        self.waiting = self.why = None
+        self.done, self.active = False, [np.ones(LANES, bool)]
+        self.resume = threading.Semaphore(0)
+
+        def work():
+            self.resume.acquire()
+            _here.warp = self
+            try:
+                body(block, Pointer(facts["shared"]))
+            except BaseException as error:  # handed to whoever runs the grid
+                grid.error = error
+            self.done = True
+            grid.turn.release()
+
+        self.thread = threading.Thread(target=work, daemon=True)
+
+    def wait(self, condition, why):
+        """Lets others run until the condition holds."""
+        if condition():
+            return
+        self.waiting, self.why = condition, why
+        self.grid.turn.release()
+        self.resume.acquire()
+
+
+def _on():
+    return _here.warp.active[-1]
+
+
+@contextlib.contextmanager
+def _only(mask):
+    _here.warp.active.append(_on() & mask)
+    try:
+        yield
+    finally:
+        _here.warp.active.pop()
+
+
+def _first(values):
+    """The value of the one lane, or of all lanes alike, that is active."""
+    found = np.asarray(values)[_on()]
+    assert (found == found[0]).all()
+    return int(found[0])
+
+
+# -- kv_attention.warp ---------------------------------------------------------------------------------------------
+
+
+def i32(value):
+    return np.full(LANES, value & 0xFFFFFFFF, np.uint32).view(np.int32)
+
+
+def f32(value):
+    return np.full(LANES, value, np.float32)
+
+
+def _int(value):
+    return i32(int(value)) if isinstance(value, int | np.integer) else value
+
+
+def _integer(operation):
+    def apply(a, b):
+        with np.errstate(over="ignore"):
+            return operation(_int(a), _int(b)).astype(np.int32)
+
+    return apply
+
+
+def _float(operation):
+    def apply(*values):
+        with np.errstate(all="ignore"):
+            return np.asarray(operation(*values), np.float32)
+
+    return apply
+
+
+def iadd(*terms):
+    total = i32(0)
+    for term in terms:
+        total = (total + _int(term)).astype(np.int32)
+    return total
+
+
+def _divided(operation):
+    def apply(a, b):
+        a, b = _int(a), _int(b)
+        assert ((a >= 0) & (b > 0))[_on()].all(), "unsigned division of a negative number"
+        return operation(a.view(np.uint32), np.where(b == 0, 1, b).view(np.uint32)).astype(np.int32)
+
+    return apply
+
+
+imul, ixor = _integer(np.multiply), _integer(np.bitwise_xor)
+imin, imax = _integer(np.minimum), _integer(np.maximum)
+idiv, irem = _divided(np.floor_divide), _divided(np.remainder)
+add, sub, mul, divide = (_float(operation) for operation in (np.add, np.subtract, np.multiply, np.divide))
+maximum, minimum = _float(np.fmax), _float(np.fmin)
+fma = _float(lambda a, b, c: np.float64(a) * b + c)
+exp2, log2, reciprocal = _float(np.exp2), _float(np.log2), _float(np.reciprocal)
+
+
+def less(a, b):
+    return _int(a) < _int(b)
+
+
+def equal(a, b):
+    return _int(a) == _int(b)
+
+
+def both(a, b):
+    return a & b
+
+
+def float_equal(a, b):
+    return a == b
+
+
+def select(condition, a, b):
+    return np.where(condition, a, b)
+
+
+def as_float(word):
+    return word.view(np.float32)
+
+
+def round_to_float16(x):
+    return x.astype(np.float16).astype(np.float32)
+
+
+def to_byte(x):
+    return np.clip(np.rint(x), 0, 255).astype(np.int32)
+
+
+def permute(a, b, selector):
+    b = np.broadcast_to(_int(b), (LANES,)).copy()
+    eight = np.concatenate([a[:, None].view(np.uint8), b[:, None].view(np.uint8)], axis=1)
+    return np.ascontiguousarray(np.stack([eight[:, selector >> 4 * n & 15] for n in range(4)], axis=1)).view(np.int32)[:, 0]
+
+
+def pack(low, high, half):
+    with np.errstate(all="ignore"):
+        return np.stack([low, high], axis=1).astype(_HALVES[half]).view(np.int32)[:, 0]
+
+
+def _pairs(word, half):
+    return np.ascontiguousarray(word)[:, None].view(_HALVES[half])
+
+
+def unpack(word, half):
+    pairs = _pairs(word, half).astype(np.float32)
+    return pairs[:, 0].copy(), pairs[:, 1].copy()
+
+
+def subtract_f16x2(a, b):
+    return np.ascontiguousarray(_pairs(a, "f16") - _pairs(b, "f16")).view(np.int32)[:, 0]
+
+
+def mma(acc, a, b, half):
+    g, t = _LANE // 4, _LANE % 4
+    left, right, total = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+    for index, word in enumerate(a):
+        for e in range(2):
+            left[g + index % 2 * 8, 2 * t + e + index // 2 * 8] = _pairs(word, half)[:, e]
+    for index, word in enumerate(b):
+        for e in range(2):
+            right[2 * t + e + index * 8, g] = _pairs(word, half)[:, e]
+    for index, value in enumerate(acc):
+        total[g + index // 2 * 8, 2 * t + index % 2] = value
+    with np.errstate(all="ignore"):
+        total = (total + left @ right).astype(np.float32)
+    return tuple(total[g + index // 2 * 8, 2 * t + index % 2] for index in range(4))
+
+
+def transpose(word):
+    g, t = _LANE // 4, _LANE % 4
+    halves, matrix = _pairs(word, "f16").view(np.uint16), np.zeros((8, 8), np.uint16)
+    for e in range(2):
+        matrix[g, 2 * t + e] = halves[:, e]
+    return np.ascontiguousarray(np.stack([matrix[2 * t + e, g] for e in range(2)], axis=1)).view(np.int32)[:, 0]
+
+
+def shuffle_xor(x, distance):
+    assert _on().all(), "a shuffle that some lanes skip"
+    return x[_LANE ^ distance]
+
+
+def broadcast(x, lane):
+    return np.full(LANES, x[lane], np.int32)
+
+
+def warp_barrier():
+    assert _on().all(), "a barrier that some lanes skip"
+
+
+def fence_device():
+    pass
+
+
+def offset(pointer, byte_offset):
+    return Pointer(pointer.memory, pointer.at + _int(byte_offset))
+
+
+def element(pointer, index, size):
+    return Pointer(pointer.memory, pointer.at + np.int64(_int(index)) * size)
+
+
+def _load(pointer, byte_offset, size, dtype):
+    place, result = offset(pointer, byte_offset), np.zeros((LANES, size), np.uint8)
+    for lane in np.flatnonzero(_on()):
+        at, memory = place.at[lane], place.memory[lane]
+        assert at % size == 0 and 0 <= at <= len(memory.bytes) - size, "a load misaligned or outside its memory"
+        result[lane] = memory.bytes[at : at + size]
+    return result.view(dtype)
+
+
+def _store(pointer, byte_offset, data):
+    place, data = offset(pointer, byte_offset), np.ascontiguousarray(data).reshape(LANES, -1).view(np.uint8)
+    size = data.shape[1]
+    for lane in np.flatnonzero(_on()):
+        at, memory = place.at[lane], place.memory[lane]
+        assert at % size == 0 and 0 <= at <= len(memory.bytes) - size, "a store misaligned or outside its memory"
+        memory.bytes[at : at + size] = data[lane]
+
+
+def load_words(pointer, byte_offset, count):
+    return list(np.ascontiguousarray(_load(pointer, byte_offset, 4 * count, np.int32).T))
+
+
+def store_words(pointer, byte_offset, words):
+    _store(pointer, byte_offset, np.stack([np.asarray(word, np.int32) for word in words], axis=1))
+
+
+def load_floats(pointer, byte_offset, count=1):
+    return [word.view(np.float32) for word in load_words(pointer, byte_offset, count)]
+
+
+def store_floats(pointer, byte_offset, values):
+    store_words(pointer, byte_offset, [np.asarray(value, np.float32).view(np.int32) for value in values])
+
+
+def load_float_of(pointer, byte_offset, dtype):
+    kind = np.dtype(_FLOATS[dtype])
+    return _load(pointer, byte_offset, kind.itemsize, kind)[:, 0].astype(np.float32)
+
+
+def store_float_as(pointer, byte_offset, value, dtype):
+    with np.errstate(all="ignore"):
+        _store(pointer, byte_offset, value.astype(_FLOATS[dtype]))
+
+
+def store_byte(pointer, byte_offset, value):
+    _store(pointer, byte_offset, value.astype(np.uint8))
+
+
+def increment_or_wrap(pointer, limit):
+    [lane] = np.flatnonzero(_on())
+    words = pointer.memory[lane].bytes.view(np.uint32)
+    at = pointer.at[lane] // 4
+    before = words[at]
+    words[at] = 0 if before >= limit[lane] else before + 1
+    return i32(int(before))
+
+
+def when(condition, body):
+    if condition is None:
+        body()
+    elif (_on() & condition).any():
+        with _only(condition):
+            body()
+
+
+def loop(count, step, begin, body):
+    carried, count = list(begin), _first(count)
+    for index in range(0, count, step):
+        carried = list(body(i32(index), carried))
+    return carried
+
+
+# -- decode_step.instructions --------------------------------------------------------------------------------------
+
+
+def thread_in_block():
+    return (_here.warp.index * LANES + _LANE).astype(np.int32)
+
+
+def load_matrices(pointer, byte_offset):
+    place, results = offset(pointer, byte_offset), []
+    for matrix in range(4):
+        source = place.at[8 * matrix + _LANE // 4] + 4 * (_LANE % 4)
+        results.append(load_words(Pointer(place.memory, source), 0, 1)[0])
+    return results
+
+
+def masked_or(word, mask, other):
+    return ((word.view(np.uint32) & np.uint32(mask)) | np.uint32(other)).view(np.int32)
+
+
+def masked_xor(word, mask, other):
+    return ((word.view(np.uint32) & np.uint32(mask)) ^ np.uint32(other)).view(np.int32)
+
+
+def shift_right(word, count):
+    return (word.view(np.uint32) >> np.uint32(count)).view(np.int32)
+
+
+def subtract_bf16x2(a, b):
+    difference = _pairs(a, "bf16").astype(np.float32) - _pairs(b, "bf16").astype(np.float32)
+    return np.ascontiguousarray(difference.astype(ml_dtypes.bfloat16)).view(np.int32)[:, 0]
+
+
+def float_of_byte(pointer, byte_offset):
+    return _load(pointer, byte_offset, 1, np.uint8)[:, 0].astype(np.float32)
+
+
+def reciprocal_sqrt(x):
+    with np.errstate(all="ignore"):
+        return (1 / np.sqrt(x.astype(np.float64))).astype(np.float32)
+
+
+load_fresh = load_words
+
+
+def pick(condition, a, b):
+    condition = np.broadcast_to(condition, (LANES,))
+    memory = [x if yes else y for yes, x, y in zip(condition, a.memory, b.memory, strict=True)]
+    return Pointer(memory, np.where(condition, a.at, b.at))
+
+
+def _barrier(pointer):
+    lane = np.flatnonzero(_on())[0]
+    return _here.warp.facts["barriers"], int(pointer.at[lane])
+
+
+def barrier_init(pointer, arrivals):
+    barriers, at = _barrier(pointer)
+    barriers[at] = Barrier(arrivals)
+
+
+def barriers_ready():
+    pass
+
+
+def barrier_expect(pointer, bytes_):
+    assert _on().sum() == 1
+    barriers, at = _barrier(pointer)
+    barriers[at].bytes += _first(bytes_)
+    barrier_arrive(pointer)
+
+
+def barrier_arrive(pointer):
+    assert _on().sum() == 1
+    barriers, at = _barrier(pointer)
+    barrier = barriers[at]
+    barrier.pending -= 1
+    assert barrier.pending >= 0, "more arrivals than the barrier takes"
+    barrier.settle()
+
+
+def barrier_wait(pointer, parity):
+    barriers, at = _barrier(pointer)
+    barrier, parity = barriers[at], _first(parity)
+    _here.warp.wait(lambda: barrier.phase % 2 != parity, ("barrier", at, parity))
+
+
+def bulk_copy(target, source, bytes_, barrier):
+    barriers, _ = _barrier(barrier)
+    for lane in np.flatnonzero(_on()):
+        size, at, start = int(bytes_[lane]), int(target.at[lane]), int(source.at[lane])
+        memory = source.memory[lane]
+        assert size % 16 == 0 and at % 16 == 0 and start % 16 == 0 and size > 0, "a copy that is not whole 16 bytes"
+        assert 0 <= start <= len(memory.bytes) - size and 0 <= at <= len(target.memory[lane].bytes) - size
+        data = memory.bytes[start : start + size].copy()
+        _here.warp.grid.copies.append((target.memory[lane], at, data, barriers[int(barrier.at[lane])]))
+
+
+def fence_copies():
+    pass
+
+
+def fence_all():
+    pass
+
+
+def meet(name, threads):
+    assert _on().all(), "a barrier that some lanes skip"
+    state = _here.warp.facts["named"].setdefault(name, [0, 0])
+    state[0] += 1
+    if state[0] == threads // LANES:
+        state[0], state[1] = 0, state[1] + 1
+        return
+    lap = state[1]
+    _here.warp.wait(lambda: state[1] != lap, ("meet", name))
+
+
+def count_up(pointer):
+    [lane] = np.flatnonzero(_on())
+    pointer.memory[lane].bytes.view(np.uint32)[pointer.at[lane] // 4] += 1
+
+
+def await_count(pointer, target):
+    [lane] = np.flatnonzero(_on())
+    words, at, goal = pointer.memory[lane].bytes.view(np.uint32), pointer.at[lane] // 4, int(target[lane])
+    _here.warp.wait(lambda: words[at] >= goal, ("count", goal))
+
+
+def store_word(pointer, value):
+    store_words(pointer, 0, [value])

@@ -1,0 +1,215 @@
+"""The persistent decode kernel's code, all warps of a small grid on the emulator, against NumPy float64; lowering for CUDA."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.decode_step import (
+    attention,
+    consumer,
+    instructions,
+    kernel,
+    layer,
+    loader,
+    matmul,
+    newest,
+    op,
+    reference,
+)
+from pallas_kernels.kv_attention import mosaic_gpu_fragments
+from pallas_kernels.kv_attention.reference import rotary_tables
+from pallas_kernels.kv_attention.tensor import KVArrays
+from pallas_kernels.quantized_matmul import QuantizedTensor, layout, layout_mosaic_gpu
+
+K = 128
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def _neighbour(name):
+    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+emulator = _neighbour("block_emulator")
+MODULES = (attention, consumer, kernel, layer, loader, matmul, newest, mosaic_gpu_fragments)
+
+
+@pytest.fixture
+def on_the_emulator(monkeypatch):
+    for module in MODULES:
+        monkeypatch.setattr(module, "w", emulator)
+        if hasattr(module, "d"):
+            monkeypatch.setattr(module, "d", emulator)
+    return emulator
+
+
+def bf16(x):
+    return np.asarray(x).astype(ml_dtypes.bfloat16)
+
+
+@dataclasses.dataclass
+class Case:
+    """A small model: sizes, formats, and random arrays."""
+
+    batch: int = 1
+    hidden: int = 256
+    heads: int = 2
+    kv_heads: int = 2
+    inner: int = 384
+    layers: int = 2
+    length: int = 64
+    lengths: tuple[int, ...] = (39,)
+    bits: int = 4
+    group_size: int = 128
+    zeros: bool = False
+    quantized: bool = True
+    bias: bool = True
+    qk_norm: bool = False
+    logn: bool = False
+    window: int | None = None
+    table_rows: int = 1
+
+    def __post_init__(self):
+        self.rng = rng = np.random.default_rng(self.heads + 7 * self.bits + self.batch)
+        D, L, H, G = self.hidden, self.layers, self.heads, self.kv_heads
+        joint = (H + 2 * G) * K
+        sizes = {"qkv": (D, joint), "output": (H * K, D), "gate_up": (D, 2 * self.inner), "down": (self.inner, D)}
+        self.tensors, self.dense = {}, {}
+        for name, (rows, columns) in sizes.items():
+            self.tensors[name], self.dense[name] = self.weight(rows, columns)
+        self.vectors = {
+            "attention_norm": bf16(rng.normal(1, 0.1, (L, D))),
+            "mlp_norm": bf16(rng.normal(1, 0.1, (L, D))),
+            "qkv_bias": None,
+            "key_bias": None,
+            "query_norm": bf16(rng.normal(1, 0.1, (L, K))) if self.qk_norm else None,
+            "key_norm": bf16(rng.normal(1, 0.1, (L, K))) if self.qk_norm else None,
+        }
+        if self.bias:
+            bias = rng.normal(0, 0.3, (L, joint))
+            bias[:, H * K : (H + G) * K] = 0
+            self.vectors["qkv_bias"] = bf16(bias)
+            key_bias = rng.normal(0, 1, (L, G * K))
+            key_bias[:, K // 2 - 1 :: K] += 30
+            self.vectors["key_bias"] = bf16(key_bias)
+        S, B = self.length, self.batch
+        shape = (L + 1, B, G, S, K)
+        if self.quantized:
+            scales = [rng.uniform(lo, hi, shape[:-1]).astype(np.float16) for lo, hi in ((0.005, 0.02), (-2, -0.5)) * 2]
+            self.kv = KVArrays(*(rng.integers(0, 256, shape).astype(np.uint8) for _ in range(2)), *scales)
+        else:
+            self.kv = KVArrays(*(bf16(rng.normal(0.2, 1, shape)) for _ in range(2)))
+        self.x = bf16(rng.normal(0.1, 1, (B, D)))
+        frequencies = 1e4 ** (-np.arange(K // 2) / (K // 2))
+        tables = [frequencies * (1 + 0.2 * i) for i in range(self.table_rows)]
+        self.key_rotary = [t.astype(np.float32) for t in rotary_tables(np.arange(S), np.stack(tables))]
+        at = np.asarray(self.lengths) - 1
+        rows = np.arange(B) % self.table_rows
+        self.rotary = [table[rows, at] for table in self.key_rotary]
+        self.logn_B = rng.uniform(1, 1.3, B).astype(np.float32) if self.logn else None
+
+    def weight(self, rows, columns):
+        """(QuantizedTensor [L, rows, columns] in layout "mosaic_gpu", its float64 matrices)."""
+        rng, L, groups = self.rng, self.layers, -(-rows // self.group_size)
+        q = rng.integers(0, 2**self.bits, (L, rows, columns)).astype(np.int64)
+        scales = bf16(rng.uniform(0.5, 1.5, (L, groups, columns)) * 0.7 / (2**self.bits * np.sqrt(rows) / 3.5))
+        zeros = rng.integers(0, 2**self.bits, (L, groups, columns)).astype(np.uint8) if self.zeros else None
+        packed = np.stack([layout.pack(matrix, self.bits) for matrix in q])
+        tensor = QuantizedTensor(packed, scales, zeros, None, self.bits, self.group_size, rows)
+        group = np.arange(rows) // self.group_size
+        middle = 2 ** (self.bits - 1) if zeros is None else zeros[:, group].astype(np.float64)
+        return layout_mosaic_gpu.prepack(tensor), (q - middle) * scales[:, group].astype(np.float64)
+
+    def weights(self):
+        return op.LayerWeights(**self.tensors, **self.vectors)
+
+    def reference(self):
+        layers = []
+        for number in range(self.layers):
+            matrices = {name: dense[number] for name, dense in self.dense.items()}
+            vectors = {n: None if v is None else v[number].astype(np.float64) for n, v in self.vectors.items()}
+            layers.append(matrices | vectors)
+        return reference.decode_step(
+            self.x, layers, self.kv, self.lengths, self.rotary, epsilon=1e-6, scale=K**-0.5, first_layer=1,
+            key_rotary=self.key_rotary, logn_B=self.logn_B, window=self.window,
+        )  # fmt: skip
+
+    def plan(self, blocks, **options):
+        shape = op.shape_of(self.x, self.weights(), self.kv)
+        facts = dict(
+            cache_layers=self.layers + 1,
+            first_layer=1,
+            bias_dtype="bfloat16" if self.bias else None,
+            key_bias_dtype="bfloat16" if self.bias else None,
+            qk_norm=self.qk_norm,
+            logn=self.logn,
+            window=self.window,
+            rotary_rows=self.batch,
+            table_rows=self.table_rows if self.bias and self.quantized else 0,
+        )
+        return op.plan_for(shape, blocks, **(facts | options))
+
+
+def emulate(case, plan, seed=0):
+    """(hidden, cache) of the kernel's code, every warp of every block."""
+    inputs = op.operands(
+        plan, case.x, case.weights(), jnp.asarray(case.lengths), case.rotary, case.key_rotary, case.logn_B
+    )
+    memories = {name: emulator.Memory(np.asarray(array)) for name, array in inputs.items()}
+    for name, shape in kernel.result_shapes(plan).items():
+        memories[name] = emulator.Memory(np.full(shape.shape, np.nan, shape.dtype))
+    cached = {name: getattr(case.kv, name) for name in kernel.CACHE if getattr(case.kv, name) is not None}
+    memories |= {name: emulator.Memory(array) for name, array in cached.items()}
+    pointers = {name: emulator.Pointer(memory) for name, memory in memories.items()}
+    _, size = plan.regions()
+
+    def body(block, shared):
+        kernel.emit(plan, pointers, shared, emulator.i32(block))
+
+    emulator.Grid(plan.blocks, plan.warps + 4, size, body, seed).run()
+    assert not memories["counters"].bytes.any(), "the grid's counters must be back at zero"
+    kv = KVArrays(**{name: memories[name].as_array(array.dtype, array.shape) for name, array in cached.items()})
+    return memories["hidden"].as_array(ml_dtypes.bfloat16, (case.batch, case.hidden)).astype(np.float64), kv
+
+
+def check(case, plan, limit=1.5e-2):
+    hidden, kv = emulate(case, plan)
+    want, wanted_kv = case.reference()
+    error = np.linalg.norm(hidden - want) / np.linalg.norm(want)
+    assert error < limit, error
+    for name in kernel.CACHE:
+        got, wish, before = (getattr(x, name) for x in (kv, wanted_kv, case.kv))
+        if got is None:
+            continue
+        untouched = np.ones(got.shape, bool)
+        for row, length in enumerate(case.lengths):
+            untouched[1:, row, :, length - 1] = False
+        assert np.array_equal(got[untouched], np.asarray(before)[untouched])
+        new, wish = got[~untouched].astype(np.float64), np.asarray(wish)[~untouched].astype(np.float64)
+        spread = 255 if got.dtype == np.uint8 else np.abs(wish).max()
+        assert np.abs(new - wish).max() < 0.08 * spread, name
+    return error
+
+
+@pytest.mark.parametrize(
+    "case, blocks, options",
+    [
+        (dict(), 3, dict(splits=2)),
+        (dict(batch=3, lengths=(1, 64, 30), heads=4, kv_heads=1, logn=True, table_rows=3), 4, dict(splits=1)),
+        (dict(batch=2, lengths=(17, 33), quantized=False, qk_norm=True), 2, dict(splits=3)),
+        (dict(group_size=32, zeros=True, heads=8, kv_heads=1, lengths=(50,), window=20), 3, dict(splits=2, slots=5)),
+        (dict(bits=8, group_size=64, bias=False, lengths=(64,)), 5, dict(splits=4)),
+    ],
+)
+def test_equals_float64(on_the_emulator, case, blocks, options):
+    case = Case(**case)
+    error = check(case, case.plan(blocks, warps=8, **options))
+    print(error)
