@@ -1,6 +1,7 @@
 """Speed of decoding: whole steps of a model of true dimensions, from a cache that already holds `context` tokens."""
 
 import dataclasses
+import functools
 import statistics
 import time
 
@@ -111,11 +112,16 @@ def step_bytes(decoder: Decoder, kv_bits: int, batch: int, context: int) -> int:
 def _noise(kv):
     """Fills a cache with random numbers: zeros would compress, and hide a kernel that reads the wrong ones."""
 
+    def slot(dtype, shape, key):
+        if dtype == jnp.uint8:
+            return jax.random.bits(key, shape, jnp.uint8)
+        return (jax.random.uniform(key, shape, jnp.float32, 0.5, 1.0) / 64).astype(dtype)
+
     def fill(number, array):
-        key = jax.random.key(number)
-        if array.dtype == jnp.uint8:
-            return jax.random.bits(key, array.shape, jnp.uint8)
-        return (jax.random.uniform(key, array.shape, jnp.float32, 0.5, 1.0) / 64).astype(array.dtype)
+        # A slot of a layer at a time: the generator's own temporaries are four times what it makes.
+        keys = jax.random.split(jax.random.key(number), array.shape[0] * array.shape[1])
+        slots = jax.lax.map(functools.partial(slot, array.dtype, array.shape[2:]), keys)
+        return slots.reshape(array.shape)
 
     leaves, structure = jax.tree.flatten(kv)
     fills = jax.jit(fill, static_argnums=0, donate_argnums=1)

@@ -273,6 +273,7 @@ def test_on_card(rows, dtype, in_features, out_features, options):
     weight, matrix = make(in_features, out_features, **options)
     layer = 2 if weight.stack else None
     x = inputs(rows, in_features, dtype)
+    x = x / 64 if dtype == "float16" else x  # or products pass float16's largest number
     bias = jnp.asarray(np.random.default_rng(5).normal(0, 20, (*weight.stack, out_features)), dtype)
     chip = jax.devices()[0].device_kind
 
