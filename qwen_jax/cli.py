@@ -14,6 +14,12 @@ from . import __version__
 # In the order of --help.
 COMMANDS = ("demo", "chat", "generate", "convert", "quantize", "eval", "info", "plan", "bench")
 
+EXAMPLES = """
+qwen-jax demo
+qwen-jax chat ./Qwen2.5-7B-Instruct-GPTQ-Int4 --kv8
+qwen-jax COMMAND --help
+"""
+
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 PCI_DEVICES = pathlib.Path("/sys/bus/pci/devices")
 
@@ -27,7 +33,7 @@ def build(names=COMMANDS) -> typer.Typer:
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_options)
+    app.callback(epilog=_examples(EXAMPLES))(_options)
     for name in names:
         module = importlib.import_module(f"qwen_jax.commands.{name}")
         app.command(name, epilog=_examples(module.EXAMPLES))(module.run)
@@ -39,9 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = next((word for word in arguments if not word.startswith("-")), None)
     completing = "_QWEN_JAX_COMPLETE" in os.environ
-    _pass_over_absent_tpu()
-    app = build((command,) if command in COMMANDS and not completing else COMMANDS)
     try:
+        _pass_over_absent_tpu()
+        app = build((command,) if command in COMMANDS and not completing else COMMANDS)
         app(arguments, prog_name="qwen-jax")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -78,7 +84,10 @@ def _options(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
-    """Quantized Qwen in JAX: chat with, convert and inspect Int4 and Int8 models on GPU, TPU and CPU."""
+    """Quantized Qwen in JAX: chat with, convert and inspect Int4 and Int8 models on GPU, TPU and CPU.
+
+    Exit codes: 0, 1 after an error (one line on standard error), 2 for wrong usage, 130 after Ctrl-C.
+    """
 
 
 def _examples(lines: str) -> str:

@@ -1,7 +1,7 @@
 """`qwen-jax chat`: a conversation in the terminal."""
 
-import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -12,9 +12,9 @@ from .common import Typewriter, print_json
 EXAMPLES = """
 qwen-jax chat ./Qwen-7B-Chat-Int4
 qwen-jax chat ./Qwen-7B-Chat-Int4 --kv8 --system "Answer in one sentence."
+qwen-jax chat Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4 --temperature 0 --max-length 8192
 echo "What is JAX?" | qwen-jax chat ./Qwen-7B-Chat-Int4 --json
 """
-HELP = "Commands: /reset forgets the conversation, /exit (or Ctrl-D) ends it; Ctrl-C stops an answer."
 
 
 def run(
@@ -31,53 +31,60 @@ def run(
     kernels: common.Kernels = "auto",
     max_length: common.MaxLength = None,
     lm_head: common.LmHead = None,
+    markdown: Annotated[bool, typer.Option("--markdown/--plain", help="Draw answers as Markdown.")] = True,
     json: common.Json = False,
     debug: common.Debug = False,
 ):
-    """Talk with a model; without a terminal, each line of standard input is a question."""
+    """Talk with a model; without a terminal, each line of standard input is a question.
+
+    On a terminal Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer and Ctrl-D leaves; /help lists the
+    commands (/system, /retry, /undo, /save, /load, /clear, /quit), which piped lines may use too.
+    """
+    from .chat_session import Session
+
     language_model, tokenizer = common.load(
         model, use_cache_quantization=kv8, dtype=dtype, kernels=kernels, max_length=max_length, lm_head=lm_head
     )
     settings = common.sampling_arguments(temperature, top_p, top_k, repetition_penalty)
-    interactive = sys.stdin.isatty() and not json
-    if interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (line editing and recall in input())
-        print(HELP)
-    history: list = []
-    for question in _questions(interactive):
-        if question == "/reset":
-            history = []
-            continue
-        stream = language_model.chat_stream(
-            tokenizer, question, history, system, max_new_tokens=max_new_tokens, seed=seed + len(history), **settings
-        )
+    session = Session(language_model, tokenizer, settings | {"max_new_tokens": max_new_tokens}, system, seed)
+    if not json and sys.stdin.isatty() and sys.stdout.isatty():
+        from .chat_terminal import talk
+
+        talk(session, model, markdown=markdown)
+    else:
+        _piped(session, json)
+
+
+def _piped(session, json: bool) -> None:
+    """Answers each line of standard input; what commands have to say goes to standard error."""
+    for question in _questions():
+        if question.startswith("/"):
+            message, again = session.command(question)
+            if message:
+                print(message, file=sys.stderr)
+            if session.finished:
+                return
+            if again is None:
+                continue
+            question = again
         typewriter = Typewriter(None if json else sys.stdout)
-        try:
-            for text in stream:
-                typewriter(text)
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
+        for text in session.ask(question):
+            typewriter(text)
         answer = typewriter.end()
-        history = [*history, (question, answer)]
         if json:
             print_json({"question": question, "answer": answer})
 
 
-def _questions(interactive: bool):
-    """Lines that are not empty, until the end of input or /exit."""
-    while True:
-        try:
-            line = input("> " if interactive else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            print()
-            return
-        if line == "/exit":
-            return
-        if line == "/help":
-            print(HELP)
-        elif line:
-            yield line
+def _questions() -> Iterator[str]:
+    """Lines that are not empty; a backslash at the end of one joins the next to it."""
+    lines: list[str] = []
+    for line in sys.stdin:
+        text = line.rstrip("\n")
+        if text.endswith("\\"):
+            lines.append(text[:-1])
+            continue
+        if question := "\n".join([*lines, text]).strip():
+            yield question
+        lines = []
+    if question := "\n".join(lines).strip():
+        yield question
