@@ -1,4 +1,4 @@
-"""A finished adapter put into a model: its low-rank terms beside the projections, its trained modules in their place."""
+"""A finished adapter put into a model: low-rank terms beside the projections, trained modules in their place."""
 
 from collections.abc import Mapping
 from typing import Any

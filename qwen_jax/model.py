@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from pallas_kernels.kv_attention import KVArrays, append, attend_decode, attend_prefill
+from pallas_kernels.kv_attention import KVArrays, append, attend_decode, attend_prefill, attend_segments
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm, at_layer
 from qwen_jax.rotary import Rotary, rotate
@@ -59,6 +59,7 @@ class Step(NamedTuple):
         key_rotary: (cos, sin) [B or 1, S, K/2] over cache positions, or None (see `attend_decode`).
         decode: one new token a row, attending to the cache; else a prompt, attending to itself.
         active_length: static bound on `lengths_B`, or None.
+        segments_BT: int32 [B, T], the text that each token belongs to where a row holds several; None for one a row.
     """
 
     rotary: Rotary
@@ -67,6 +68,7 @@ class Step(NamedTuple):
     key_rotary: tuple[jax.Array, jax.Array] | None = None
     decode: bool = False
     active_length: int | None = None
+    segments_BT: jax.Array | None = None
 
 
 class Attention(nnx.Module):
@@ -124,6 +126,15 @@ class Attention(nnx.Module):
                 active_length=step.active_length,
                 kernels=self.kernels,
             )[:, None]
+        elif step.segments_BT is not None:
+            attended_BTHK = attend_segments(
+                query_BTHK,
+                biased_BTGK,
+                value_BTGK,
+                step.segments_BT,
+                scale=scale,
+                sliding_window=self.sliding_window,
+            )
         else:
             attended_BTHK = attend_prefill(
                 query_BTHK,
