@@ -19,14 +19,23 @@ class Consumer:
         self.thread = w.iadd(w.imul(warp, 32), lane)
         self.ring = Ring(plan, shared)
         self.results = matmul.results(plan, self.thread)
+        self.first = False  # whether a layer's first phase runs
 
     def meet(self):
         """All consuming warps of the block."""
         d.meet(1, 32 * self.plan.warps)
 
     def reach(self, meetings):
-        """What any block wrote before is there for all after; `meetings` counts this one. A reduction over several
-        devices would take this place, between what a phase stores and what the next one reads."""
+        """What any block wrote before is there for all after; `meetings` counts this one, and there is no zeroth.
+
+        A reduction over several devices would take this place, between what a phase stores and what the next one reads.
+        """
+        if self.first:
+            w.when(w.less(0, meetings), lambda: self._reach(meetings))
+        else:
+            self._reach(meetings)
+
+    def _reach(self, meetings):
         self.meet()
         counter = self.pointers["counters"]
 

@@ -20,6 +20,7 @@ def consume(plan: Plan, pointers, shared, block, warp, lane):
         [sequence] = carried
         meetings = w.imul(layer, len(phases))
         for number, name in enumerate(phases):
+            me.first = number == 0
             sequence = _PHASES[name](me, layer, sequence, w.iadd(meetings, number))
         return [sequence]
 
@@ -33,14 +34,6 @@ def consume(plan: Plan, pointers, shared, block, warp, lane):
         w.when(w.equal(before, last), lambda: d.store_word(pointers["counters"], w.i32(0)))
 
     w.when(w.equal(me.thread, 0), leave)
-
-
-def _reach(me: Consumer, layer, meetings, first_phase: bool = False):
-    """Meets all blocks, except before the very first phase."""
-    if first_phase:
-        w.when(w.less(0, layer), lambda: me.reach(meetings))
-    else:
-        me.reach(meetings)
 
 
 def _source(me: Consumer, layer):
@@ -67,7 +60,7 @@ def _round(value):
 def _qkv(me: Consumer, layer, sequence, meetings):
     plan, matrix = me.plan, me.plan.matrix("qkv")
     scales = me.norm_scales("attention_norm", layer)
-    _reach(me, layer, meetings, first_phase=True)
+    me.reach(meetings)
 
     def finish(row, column):
         bias = w.f32(0.0)
