@@ -2,6 +2,7 @@
 
 import json as json_module
 import pathlib
+import sys
 import time
 from typing import Annotated
 
@@ -80,9 +81,13 @@ def run(
         def progress(report, done, total):
             update("Quantizing", done, total, unit="matrices", note=f"{report.path}, error {report.error:.1e}")
 
-        reports = quantize(
-            folder, target, tokens, settings, dtype=dtype, overwrite=overwrite, resume=resume, progress=progress
-        )
+        try:
+            reports = quantize(
+                folder, target, tokens, settings, dtype=dtype, overwrite=overwrite, resume=resume, progress=progress
+            )
+        except KeyboardInterrupt:
+            print("Interrupted; the same command goes on at the layer it reached.", file=sys.stderr)
+            raise
     seconds = time.perf_counter() - start
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     worst = max(reports, key=lambda report: report.error)
