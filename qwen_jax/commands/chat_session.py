@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Session:
     _attempt: int = 0
     _saved: set[Path] = dataclasses.field(default_factory=set)
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str) -> Generator[str]:
         """The answer so far, growing; kept in the history when it has ended, and also where the caller stops early."""
         seed = self.seed + len(self.history) + 1000 * self._attempt
         answer = None

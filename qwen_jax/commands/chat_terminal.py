@@ -1,6 +1,7 @@
 """The conversation on a terminal: editing over several lines, recall, completion of /commands, Markdown as it comes."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def answer(session: Session, question: str, console: Console, markdown: bool) ->
                     first = first if shown.text else time.perf_counter()
                     shown(text)
         else:
-            typewriter = Typewriter(console.file)
+            typewriter = Typewriter(sys.stdout)
             for text in stream:
                 first = first if typewriter.text else time.perf_counter()
                 typewriter(text)

@@ -1,5 +1,6 @@
 """`qwen-jax chat`: the conversation and its /commands, Markdown that grows, and all of it on a pseudo-terminal."""
 
+import contextlib
 import io
 import json
 import os
@@ -173,7 +174,7 @@ class Terminal:
         end = time.monotonic() + seconds
         while True:
             plain = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[=>]|\x1b\][^\x07]*\x07", "", self.seen)
-            if found := re.search(pattern, plain, re.DOTALL):
+            if re.search(pattern, plain, re.DOTALL):
                 self.seen = ""
                 return plain
             ready, _, _ = select.select([self.master], [], [], max(end - time.monotonic(), 0))
@@ -185,6 +186,13 @@ class Terminal:
             if b"\x1b[6n" in new:  # "where is the cursor?", which a terminal answers
                 os.write(self.master, b"\x1b[1;1R")
             self.seen += new.decode(errors="replace")
+
+    def rest(self):
+        """All that still comes."""
+        with contextlib.suppress(OSError):  # closed by the other side
+            while new := os.read(self.master, 65536):
+                self.seen += new.decode(errors="replace")
+        return self.seen
 
     def close(self):
         """The exit code."""

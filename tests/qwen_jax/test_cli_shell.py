@@ -12,7 +12,7 @@ from tests.qwen_jax.test_cli_chat import Terminal
 from tests.successor import write_successor
 
 
-def complete(shell, line, *before):
+def complete(shell, line):
     """What the shell would offer at the end of a line."""
     words = line.split(" ")
     asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_TYPER_COMPLETE_ARGS": line}
@@ -97,5 +97,5 @@ def test_ctrl_c(tmp_path):
     terminal = Terminal("generate", model, "\n", "--max-new-tokens", 4000, QWEN_JAX_CACHE=str(tmp_path / "cache"))
     terminal.wait("abcd")
     os.killpg(terminal.process.pid, signal.SIGINT)
-    rest = os.read(terminal.master, 65536).decode(errors="replace")
+    rest = terminal.rest()
     assert terminal.close() == 130 and "Traceback" not in rest
