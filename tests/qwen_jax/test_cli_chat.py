@@ -151,7 +151,7 @@ PROMPT = "of 4,096 tokens"  # of the line below the prompt, drawn when it is rea
 class Terminal:
     """A command on a pseudo-terminal of 100 × 30 characters."""
 
-    def __init__(self, *arguments, **environment):
+    def __init__(self, *arguments, cwd=None, **environment):
         self.master, slave = pty.openpty()
         termios.tcsetwinsize(slave, (30, 100))
         variables = os.environ | {"TERM": "xterm-256color"} | environment
@@ -161,6 +161,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             env=variables,
+            cwd=cwd,
             start_new_session=True,
         )
         os.close(slave)
@@ -205,11 +206,11 @@ class Terminal:
 
 def test_on_a_terminal(tmp_path):
     model = write_successor(tmp_path / "model", "Hi 😊!")
-    terminal = Terminal("chat", model, QWEN_JAX_CACHE=str(tmp_path / "cache"))
+    terminal = Terminal("chat", model, cwd=tmp_path, QWEN_JAX_CACHE=str(tmp_path / "cache"))
     terminal.wait(f"/help for more.*{PROMPT}")
     terminal.type("first\x1b\rline\r")  # Alt-Enter begins a line, Enter sends
     terminal.wait("Hi 😊.*last answer")
-    terminal.type(f"/save {tmp_path}/talk.json\r")
+    terminal.type("/save talk.json\r")
     terminal.wait(f"1 questions and answers written.*{PROMPT}")
     terminal.type("/oops\r")
     terminal.wait(f"/oops: no such command; /help lists them.*{PROMPT}")
