@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from pallas_kernels.kv_attention import KVArrays, append, attend_decode, attend_prefill, attend_segments
+from qwen_jax import fused_decode
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm, at_layer
 from qwen_jax.rotary import Rotary, rotate
@@ -190,12 +191,15 @@ class Decoder(nnx.Module):
         self.final_norm = weights.norm("final_norm", None)
         self.lm_head = weights.head()
         self.config, self.dtype, self.unroll = config, dtype, unroll
+        self.one_launch = True  # where a kernel can: see `fused_decode`
 
     def hidden(self, ids_BT, step: Step, kv: KVArrays | None):
         """Token ids int32 [B, T] to the last layer's normalised output [B, T, D], and the cache."""
         hidden_BTD = self.embedding.lookup(ids_BT).astype(self.dtype)
         for block in self.blocks:
-            if block.count == 1 or (self.unroll and step.decode):
+            if step.decode and kv is not None and self._in_one_launch(block, hidden_BTD, kv):
+                hidden_BTD, kv = fused_decode.run(block, hidden_BTD, step, kv)
+            elif block.count == 1 or (self.unroll and step.decode):
                 # One traced function for all layers: kernels are lowered once.
                 run = jax.jit(lambda hidden_BTD, kv, layer, block=block: block(hidden_BTD, step, kv, layer))
                 for layer in range(block.count):
@@ -208,6 +212,13 @@ class Decoder(nnx.Module):
 
                 (hidden_BTD, kv), _ = lax.scan(body, (hidden_BTD, kv), jnp.arange(block.count))
         return self.final_norm(hidden_BTD), kv
+
+    def _in_one_launch(self, block, hidden_BTD, kv: KVArrays) -> bool:
+        if not self.one_launch:
+            return False
+        reason = fused_decode.refusal(block, hidden_BTD, kv, block.attention.kernels)
+        fused_decode.log_choice(range(block.first, block.first + block.count), reason)
+        return reason is None
 
     def logits(self, hidden_BTD):
         """[..., D] → float32 [..., V]."""
