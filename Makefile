@@ -1,5 +1,6 @@
 # make demo    download and quantize a small chat model, then answer a question with it (QUESTION="…" for your own)
 # make test    lint, type checks and all tests
+# make notebooks    run all notebooks here, and keep their outputs
 # Each sets itself up on a fresh machine, and installs again only after pyproject.toml or scripts/setup.sh changed.
 
 VENV ?= .venv
@@ -8,7 +9,7 @@ QUESTION ?=
 export QUESTION
 PYTEST ?=
 
-.PHONY: help demo test lint pytest format clean
+.PHONY: help demo test lint pytest format notebooks clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -30,6 +31,10 @@ pytest: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Runs notebooks/ from top to bottom on this machine, and writes them with their outputs.
+notebooks: $(VENV)/.installed-test
+	$(BIN)/python scripts/notebooks.py
 
 clean:
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis

@@ -71,16 +71,19 @@ def print_setup(name: str | Path, model) -> None:
     print(
         f"Weights     {facts['bytes']['total'] / 1e6:,.0f} MB; {facts['bytes']['total_in_16_bits'] / 1e6:,.0f} in bf16"
     )
+    print("Kernels")
+    alike: dict[tuple[str, str], list[str]] = {}
     for row in facts["kernels"]["operations"]:
-        operation = row["operation"]
+        operation, width = row["operation"], row["weight"].partition("] ")[2]
         if operation.startswith("attention"):
             if operation != f"attention, {cache} cache":
                 continue
-            operation = "attention"
-        width = row["weight"].partition("] ")[2]
-        print(f"Kernels     {operation}{f' ({width})' if width else ''}")
-        print(f"              decode:  {_short(row['decode'])}")
-        print(f"              prefill: {_short(row['prefill'])}")
+            operation, width = "attention", f"{cache} cache"
+        decode, prefill = _short(row["decode"]), _short(row["prefill"])
+        choice = decode if decode == prefill else f"{decode}; prefill: {prefill}"
+        alike.setdefault((width, choice), []).append(operation)
+    for (width, choice), operations in alike.items():
+        print(f"  {', '.join(operations)} ({width})\n    {choice}")
 
 
 def _short(kernel: str) -> str:
