@@ -1,5 +1,6 @@
 # make demo    download and quantize a small chat model, then answer a question with it (QUESTION="…" for your own)
 # make test    lint, type checks and all tests
+# make docs    the documentation's site, in site/
 # make notebooks    run all notebooks here, and keep their outputs
 # Each sets itself up on a fresh machine, and installs again only after pyproject.toml or scripts/setup.sh changed.
 
@@ -9,7 +10,7 @@ QUESTION ?=
 export QUESTION
 PYTEST ?=
 
-.PHONY: help demo test lint pytest format notebooks clean
+.PHONY: help demo test lint pytest format docs figures notebooks clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -36,8 +37,16 @@ format: $(VENV)/.installed-test
 notebooks: $(VENV)/.installed-test
 	$(BIN)/python scripts/notebooks.py
 
+# Strict: a broken link fails. A test builds it, too. To look at it while writing: .venv/bin/mkdocs serve
+docs: $(VENV)/.installed-test
+	$(BIN)/mkdocs build --strict
+
+# Draws docs/figures anew from benchmarks/results.
+figures: $(VENV)/.installed-test
+	$(BIN)/python scripts/figures.py
+
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .cache .pytest_cache .ruff_cache .hypothesis
 
 # What `test` installs contains what `demo` needs.
 $(VENV)/.installed-demo: pyproject.toml scripts/setup.sh

@@ -1,0 +1,119 @@
+"""Draws the figures of docs/benchmarks.md from benchmarks/results; run it after a result has changed (make figures).
+
+Each SVG names the digest of the file it was drawn from, which a test compares.
+"""
+
+import hashlib
+import io
+import pathlib
+import re
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
+OURS, PEER, FLOOR = "#5e35b1", "#9e9e9e", "#e0e0e0"
+
+
+def rows(file: pathlib.Path) -> list[list[str]]:
+    """The cells of every table row of a Markdown file."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def number(cell: str) -> float | None:
+    """The number of a cell that begins with one."""
+    found = re.match(r"[\d.]+(?= |$|\()", cell)
+    return float(found[0]) if found else None
+
+
+def matmul(file: pathlib.Path) -> plt.Figure:
+    """Bars for each shape and number of rows up to 64 that was measured: floor, ours, fastest peer."""
+    shape, found = "", []
+    for cells in rows(file):
+        if len(cells) != 7 or cells[0].startswith(("in ×", "-")):
+            continue
+        shape = cells[0] or shape
+        floor, ours, peer = (number(cell) for cell in (cells[2], cells[3], cells[5]))
+        if ours is not None and peer is not None and floor is not None and int(cells[1]) <= 64:
+            found.append((f"{shape}, {cells[1]} row{'s' * (cells[1] != '1')}", floor, ours, peer))
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(found) + 1))
+    for position, (_, floor, ours, peer) in enumerate(found):
+        axes.barh(position - 0.19, ours, 0.36, color=OURS, label="qwen-jax" if not position else None)
+        axes.barh(position + 0.19, peer, 0.36, color=PEER, label="fastest of five others" if not position else None)
+        axes.plot([floor, floor], [position - 0.42, position + 0.42], color="black", linewidth=1.5)
+        axes.text(ours + 0.4, position - 0.19, f"{ours:.1f}", va="center", fontsize=7)
+        axes.text(peer + 0.4, position + 0.19, f"{peer:.1f}", va="center", fontsize=7)
+    axes.plot([], [], color="black", linewidth=1.5, label="bytes over copy rate")
+    axes.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("µs a call, Int4, groups of 128, one H100 (fewer is better)")
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.18))
+    return figure
+
+
+def cpu(file: pathlib.Path) -> plt.Figure:
+    """Decode tokens/s of the first table, with the range of the rounds."""
+    found = []
+    for name, _, _, decode, _ in (cells for cells in rows(file) if len(cells) == 5 and "(" in cells[3]):
+        median, low, high = (float(text) for text in re.findall(r"[\d.]+", decode))
+        found.append((name.replace("`", "").replace(" (the checkpoint's own)", ""), median, low, high))
+    figure, axes = plt.subplots(figsize=(8, 1.9))
+    for position, (name, median, low, high) in enumerate(found[:3]):
+        error = [[median - low], [high - median]]
+        axes.barh(position, median, 0.6, xerr=error, color=PEER if name.startswith("llama") else OURS, capsize=3)
+        axes.text(4, position, f"{median:.0f}", va="center", color="white", fontsize=9)
+    axes.set_yticks(range(3), [name for name, *_ in found[:3]], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens/s, SmolLM2-135M on two CPU cores (more is better)")
+    return figure
+
+
+def quantization(file: pathlib.Path) -> plt.Figure:
+    """Perplexity of 4 bits by option."""
+    found = []
+    for cells in rows(file):
+        if len(cells) == 10 and cells[0] == "4":
+            name = f"{cells[1]}, {cells[2]}, scales {cells[3]}, propagation {cells[4]}, {cells[5]} rows"
+            found.append((name, float(cells[6])))
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(found) + 0.9))
+    exact = float(re.search(r"(\d+\.\d+) in float", file.read_text(encoding="utf-8"))[1])
+    for position, (_, value) in enumerate(found):
+        axes.barh(position, value - exact, 0.6, left=exact, color=OURS)
+        axes.text(value + 0.03, position, f"{value:.2f}", va="center", fontsize=8)
+    axes.axvline(exact, color="black", linewidth=1.5)
+    axes.set_yticks(range(len(found)), [name for name, _ in found], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"perplexity of SmolLM2-135M in Int4; the line is float, {exact} (less is better)")
+    return figure
+
+
+SOURCES = {
+    "h100_matmul": (matmul, "h100_quantized_matmul.md"),
+    "cpu_decode": (cpu, "cpu_llama_cpp.md"),
+    "quantization": (quantization, "quantization_smollm2.md"),
+}
+
+
+def mark(file: pathlib.Path) -> str:
+    """The comment that ties a figure to its numbers."""
+    return f"<!-- drawn from {file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()} -->"
+
+
+def main() -> None:
+    """Draws all figures."""
+    plt.rcParams |= {"svg.hashsalt": "qwen-jax", "svg.fonttype": "path", "axes.spines.top": False}
+    plt.rcParams |= {"axes.spines.right": False, "font.size": 9}
+    FIGURES.mkdir(exist_ok=True)
+    for name, (draw, source) in SOURCES.items():
+        figure, text = draw(RESULTS / source), io.StringIO()
+        figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        (FIGURES / f"{name}.svg").write_text("\n".join([*lines, mark(RESULTS / source)]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
