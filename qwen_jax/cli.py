@@ -12,7 +12,7 @@ import typer
 from . import __version__
 
 # In the order of --help.
-COMMANDS = ("demo", "chat", "generate", "convert", "quantize", "eval", "info", "plan", "bench")
+COMMANDS = ("demo", "chat", "generate", "convert", "quantize", "finetune", "merge", "eval", "info", "plan", "bench")
 
 EXAMPLES = """
 qwen-jax demo

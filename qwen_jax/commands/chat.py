@@ -31,6 +31,7 @@ def run(
     kernels: common.Kernels = "auto",
     max_length: common.MaxLength = None,
     lm_head: common.LmHead = None,
+    adapter: common.Adapter = None,
     markdown: Annotated[bool, typer.Option("--markdown/--plain", help="Draw answers as Markdown.")] = True,
     json: common.Json = False,
     debug: common.Debug = False,
@@ -43,7 +44,13 @@ def run(
     from .chat_session import Session
 
     language_model, tokenizer = common.load(
-        model, use_cache_quantization=kv8, dtype=dtype, kernels=kernels, max_length=max_length, lm_head=lm_head
+        model,
+        use_cache_quantization=kv8,
+        dtype=dtype,
+        kernels=kernels,
+        max_length=max_length,
+        lm_head=lm_head,
+        adapter=adapter,
     )
     settings = common.sampling_arguments(temperature, top_p, top_k, repetition_penalty)
     session = Session(language_model, tokenizer, settings | {"max_new_tokens": max_new_tokens}, system, seed)

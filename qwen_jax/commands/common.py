@@ -22,6 +22,7 @@ Dtype = Annotated[str, typer.Option(help="Of activations: auto, float32, bfloat1
 Kernels = Annotated[str, typer.Option(help="auto, or one for all operations: xla, mosaic_gpu, …", metavar="NAME")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens the KV cache holds (prompt and answer).", min=1)]
 Kv8 = Annotated[bool, typer.Option("--kv8/--kv16", help="Keep the KV cache in 8 or in 16 (on CPU 32) bits.")]
+Adapter = Annotated[Path | None, typer.Option(help="A LoRA adapter to run beside the weights.", metavar="FOLDER")]
 LmHead = Annotated[str | None, typer.Option(help="int8: round the output head to 8 bits.", metavar="int8")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer.", min=1)]
 Temperature = Annotated[float | None, typer.Option(help="Of sampling; 0 takes the most probable token.")]

@@ -29,6 +29,7 @@ def run(
     kernels: common.Kernels = "auto",
     max_length: common.MaxLength = None,
     lm_head: common.LmHead = None,
+    adapter: common.Adapter = None,
     json: common.Json = False,
     debug: common.Debug = False,
 ):
@@ -38,7 +39,13 @@ def run(
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
     language_model, tokenizer = common.load(
-        model, use_cache_quantization=kv8, dtype=dtype, kernels=kernels, max_length=max_length, lm_head=lm_head
+        model,
+        use_cache_quantization=kv8,
+        dtype=dtype,
+        kernels=kernels,
+        max_length=max_length,
+        lm_head=lm_head,
+        adapter=adapter,
     )
     ids = tokenizer.encode(prompt)
     if not ids:
