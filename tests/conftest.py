@@ -3,7 +3,11 @@
 import os
 import pathlib
 
+from tests import demo_run
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What the demo makes is shared by all tests: see demo_run.py.
+os.environ.setdefault("QWEN_JAX_CACHE", str(demo_run.folder()))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network fails instead of waiting
 
 import jax

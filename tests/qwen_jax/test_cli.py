@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax import cli
+from tests import demo_run
 from tests.successor import write_successor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -184,18 +185,12 @@ def test_chat_from_standard_input(run, successor, monkeypatch):
     assert answers == [{"question": question, "answer": "Hi 😊!"} for question in ("first", "second")]
 
 
-def test_demo_from_nothing(tmp_path):
+def test_demo_from_nothing():
     """As a user runs it, in a process of its own; a second run finds checkpoint and programs."""
-    environment = os.environ | {"QWEN_JAX_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "qwen_jax", "demo", "--json"]
-    results = []
-    for _ in range(2):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        results.append((json.loads(done.stdout.splitlines()[-1]), done.stderr))
-    (first, said), (second, said_again) = results
-    assert "Reading the GGUF file" in said and "Rounding to Int4" in said
-    assert "Rounding" not in said_again
+    runs = (demo_run.first_run(), demo_run.run())
+    (first, said), (second, said_again) = [(json.loads(out.splitlines()[-1]), said) for out, said in runs]
+    assert "Reading the GGUF file" in said and "Quantizing to Int4" in said
+    assert "Quantizing" not in said_again
     assert "photosynthesis" in first["answer"] and "sunlight" in first["answer"]
     assert first["answer"] == second["answer"]
     assert first["kv_cache"] == "8-bit" and first["kv_bytes_per_token"] == 12240

@@ -11,19 +11,19 @@ from qwen_jax.demo import smollm2
 from qwen_jax.demo.checkpoints import demo_checkpoints
 from qwen_jax.errors import CheckpointError
 from qwen_jax.evaluate.perplexity import perplexity
+from tests import demo_run
 from tests.smollm2 import REFERENCE_PERPLEXITY, WINDOW, documentation_ids, write_qwen_v1
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+def checkpoints():
+    demo_run.first_run()
+    steps = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QWEN_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        steps = []
-        made = demo_checkpoints(lambda *step: steps.append(step))
-        assert ("Reading the GGUF file", 272, 272) in steps and ("Rounding to Int4", 210, 210) in steps
-        steps.clear()
-        assert demo_checkpoints(lambda *step: steps.append(step)) == made and not steps  # found, not made again
-    return made
+        patch.setenv("QWEN_JAX_CACHE", str(demo_run.folder()))
+        found = demo_checkpoints(lambda *step: steps.append(step))
+    assert not steps  # found, not made again
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def test_first_generation_qwen_is_the_same_model(checkpoints, ids, float_beginni
 
 
 def test_int4_stays_close(checkpoints, ids, float_beginning):
-    # Rounded to nearest, and the file's own weights have 4 bits already, on another grid.
+    # Rounding to nearest gives more than 1.1: the file's own weights have 4 bits already, on another grid.
     model = QwenForCausalLM.from_pretrained(checkpoints.converted, dtype="float32")
-    assert 1.1 < perplexity(model, ids, WINDOW, limit=2 * WINDOW) / float_beginning < 1.4
+    assert 1.005 < perplexity(model, ids, WINDOW, limit=2 * WINDOW) / float_beginning < 1.1
 
 
 def test_checkpoints(checkpoints):
@@ -84,7 +84,7 @@ def test_checkpoints(checkpoints):
     for array in (array for name, array in quantized.items() if name.endswith(".scales")):
         assert np.isfinite(array).all() and (array > 0).all()
     settings = json.loads((checkpoints.quantized / "quantize_config.json").read_text())
-    assert settings == {
+    wanted = {
         "bits": 4,
         "group_size": 64,
         "sym": False,
@@ -92,6 +92,7 @@ def test_checkpoints(checkpoints):
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",
     }
+    assert settings.items() >= wanted.items()
     assert not [path for path in checkpoints.source.parent.iterdir() if path.name.startswith(".")]  # nothing half done
 
 

@@ -1,0 +1,41 @@
+"""The demo's first start, made once for all tests: quantizing takes a minute."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[1]
+
+
+def folder() -> Path:
+    """The cache of the demo that these sources make: others are not found again."""
+    digest = hashlib.sha256()
+    for package in ("qwen_jax/demo", "qwen_jax/quantize", "converters"):
+        for file in sorted((ROOT / package).glob("*.py")):
+            digest.update(file.read_bytes())
+    return ROOT / ".cache" / f"demo-{digest.hexdigest()[:12]}"
+
+
+def run(*arguments: str) -> tuple[str, str]:
+    """Runs `qwen-jax demo` as a user does; (standard output, standard error)."""
+    command = [sys.executable, "-m", "qwen_jax", "demo", "--json", *arguments]
+    environment = os.environ | {"QWEN_JAX_CACHE": str(folder())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def first_run() -> tuple[str, str]:
+    """What the first start in an empty cache printed; `folder()` holds its checkpoints afterwards."""
+    folder().parent.mkdir(exist_ok=True)
+    record = folder().with_suffix(".json")
+    with FileLock(folder().with_suffix(".lock")):
+        if not record.exists():
+            record.write_text(json.dumps(run()))
+        out, said = json.loads(record.read_text())
+    return out, said
