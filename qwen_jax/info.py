@@ -11,7 +11,9 @@ import pallas_kernels.kv_attention.op as kv_attention
 import pallas_kernels.quantized_matmul as quantized_matmul
 from converters import orbax
 from converters.huggingface import Checkpoint
+from pallas_kernels import decode_step
 from pallas_kernels.chip import default_chip
+from pallas_kernels.quantized_matmul.layout_mosaic_gpu import LAYOUT
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from qwen_jax.checkpoint_store import find
 from qwen_jax.config import ModelConfig, QuantizationConfig
@@ -82,6 +84,7 @@ def describe(name: str | Path, *, chip: str | None = None, kernels: str = "auto"
             "chip": chip,
             "dtype": dtype,
             "operations": _matmuls(matrices, chip, kernels, dtype) + _attention(config, chip, kernels, dtype),
+            "decode_step": _decode_step(config, matrices, chip, kernels, dtype),
         },
     }
 
@@ -252,3 +255,38 @@ def _attention(config: ModelConfig, chip: str, kernels: str, dtype: str) -> list
             }
         )
     return rows
+
+
+def _decode_step(config: ModelConfig, matrices: list[Matrix], chip: str, kernels: str, dtype: str) -> str:
+    """How the layers of a decode step run: in one launch, or a kernel at a time and why."""
+    reason = None if kernels in ("auto", "mosaic_gpu") else f"kernels={kernels!r} is asked for"
+    stacks = [m for m in matrices if m.layers]
+    if reason is None and chip not in decode_step.MULTIPROCESSORS:
+        reason = f"it is written for {', '.join(decode_step.MULTIPROCESSORS)}"
+    if reason is None and (len(stacks) % 4 or any(m.bits is None for m in stacks)):
+        reason = "layers are not four quantized matrices each"
+    for start in range(0, len(stacks) if reason is None else 0, 4):
+        block = zip(decode_step.MATRICES, stacks[start : start + 4], strict=True)
+        shape = decode_step.DecodeShape(
+            batch=1,
+            hidden=config.hidden_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            inner=config.intermediate_size,
+            layers=stacks[start].layers,
+            length=PREFILL_ROWS,
+            cache=config.num_layers * config.num_kv_heads * PREFILL_ROWS,
+            quantized=True,
+            dtype=dtype,
+            norm_dtype="float32",
+            biased=config.attention_bias,
+            matrices=tuple(
+                (name, m.bits or 16, m.group_size or 0, "bfloat16", not m.zeros, m.permutation, LAYOUT)
+                for name, m in block
+            ),
+        )
+        reason = reason or decode_step.unsupported(shape, chip)
+    if reason is None:
+        return f"up to {decode_step.MOST_ROWS} rows: all in one launch; more: a kernel at a time"
+    return f"a kernel at a time (not in one launch: {reason})"

@@ -1,5 +1,23 @@
 """A decode step of a whole block of layers in one kernel launch."""
 
-from pallas_kernels.decode_step.op import MULTIPROCESSORS, DecodeShape, LayerWeights, run, shape_of, unsupported
+from pallas_kernels.decode_step.op import (
+    MATRICES,
+    MOST_ROWS,
+    MULTIPROCESSORS,
+    DecodeShape,
+    LayerWeights,
+    run,
+    shape_of,
+    unsupported,
+)
 
-__all__ = ["MULTIPROCESSORS", "DecodeShape", "LayerWeights", "run", "shape_of", "unsupported"]
+__all__ = [
+    "MATRICES",
+    "MOST_ROWS",
+    "MULTIPROCESSORS",
+    "DecodeShape",
+    "LayerWeights",
+    "run",
+    "shape_of",
+    "unsupported",
+]

@@ -58,6 +58,7 @@ def _print(facts: dict[str, Any]) -> None:
     for row in kernels["operations"]:
         table.add_row(*row.values())
     console.print(table)
+    console.print(f"Layers of a decode step, {kernels['decode_step']}", soft_wrap=True)
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, str]:
