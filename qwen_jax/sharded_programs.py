@@ -15,6 +15,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.block_sums import compiler_options
+from pallas_kernels.chip import default_chip
 from pallas_kernels.kv_attention import KVArrays
 from qwen_jax import generation
 from qwen_jax.generation import Chunk, Loop, Programs
@@ -47,15 +49,13 @@ class ShardedPrograms(Programs):
         self._cache_specs = CacheState(kv, ROWS, ROWS)
         self._loop_specs = Loop(self._cache_specs, ROWS, ROWS, ROWS, LOGITS, ROWS)
         self._empties: dict[tuple, Callable[[], CacheState]] = {}
-        self._score = jax.jit(self._run_score)
-        self._prefill = jax.jit(self._run_prefill, donate_argnames="cache")
-        self._decode = jax.jit(self._run_decode, donate_argnames="cache", static_argnames="active_length")
-        self._first = jax.jit(self._run_first, donate_argnames="cache", static_argnames=("filters", "logprobs"))
-        self._chunk = jax.jit(
-            self._run_chunk,
-            donate_argnames="loop",
-            static_argnames=("filters", "logprobs", "steps", "active_length"),
-        )
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(default_chip()))
+        choices = ("filters", "logprobs")
+        self._score = jit(self._run_score)
+        self._prefill = jit(self._run_prefill, donate_argnames="cache")
+        self._decode = jit(self._run_decode, donate_argnames="cache", static_argnames="active_length")
+        self._first = jit(self._run_first, donate_argnames="cache", static_argnames=choices)
+        self._chunk = jit(self._run_chunk, donate_argnames="loop", static_argnames=(*choices, "steps", "active_length"))
         self._whole = jax.jit(self._run_whole, static_argnames="rows")
 
     # -- for callers: rows are the user's ------------------------------------------------------------------------------

@@ -75,6 +75,26 @@ def check_mesh(mesh: Mesh) -> None:
         raise ValueError("mesh: axes of type Manual, expected Explicit or Auto. Call from outside shard_map.")
 
 
+def parse_mesh(text: str) -> Mesh:
+    """A mesh from its sizes along "data" and "model", as "1x8", of the first so many devices of all processes.
+
+    Raises:
+        ValueError: for other text, or where there are fewer devices.
+    """
+    sizes = text.lower().split("x")
+    if len(sizes) != 2 or not all(size.isdigit() and int(size) for size in sizes):
+        raise ValueError(f"mesh={text!r}: expected two sizes, devices for rows x devices for each layer, as 1x8.")
+    data, model = map(int, sizes)
+    devices = jax.devices()
+    if data * model > len(devices):
+        raise ValueError(f"mesh={text!r}: {data * model} devices, but JAX sees {len(devices)} ({devices[0].platform}).")
+    if jax.process_count() > 1 and data * model < len(devices):
+        raise ValueError(
+            f"mesh={text!r}: {data * model} devices, expected all {len(devices)} of {jax.process_count()} processes."
+        )
+    return jax.make_mesh((data, model), (DATA, MODEL), devices=devices[: data * model])
+
+
 # -- names of the dimensions of parameters ----------------------------------------------------------------------------
 
 

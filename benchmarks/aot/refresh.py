@@ -1,6 +1,7 @@
 """Compiles every TPU kernel at true shapes and whole programs, without a TPU, and writes the table of what they take.
 
-    python benchmarks/aot/refresh.py            all of it, about 20 minutes on two cores
+    python benchmarks/aot/refresh.py            all of it, about 40 minutes on two cores
+    python benchmarks/aot/refresh.py --missing  only lines that the table has not, of the versions that it names
     python benchmarks/aot/refresh.py --quick    7B and 72B alone
 
 Needs libtpu (the extra "aot"). Results: benchmarks/results/aot.json and aot.md.
@@ -26,43 +27,57 @@ NAMES = ("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b", "qwen2.5-7b", "qwen3-8b
 TOPOLOGIES = {"v5e": ("v5e:1x1", "v5e:2x4"), "v5p": ("v5p:1x1x1", "v5p:2x2x1"), "v6e": ("v6e:1x1", "v6e:2x2")}
 PREFILLED = ("qwen-7b", "qwen-72b", "qwen2.5-7b")  # whose prefill is compiled, too
 BATCH, CONTEXT, PROMPT = 8, 2048, 512
+KERNEL_KEYS = ("chip", "model", "kernel", "rows", "bits")
 
 
-def main(quick: bool) -> None:
-    """Fills the table line by line, so that an interrupted run leaves what it has."""
-    names = ("qwen-7b", "qwen-72b") if quick else NAMES
-    table = {
-        "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
-        "programs": [],
-        "kernels": [],
-    }
-    for chip, (alone, together) in TOPOLOGIES.items():
+def main(names: tuple[str, ...], table: dict) -> None:
+    """Fills the table line by line, so that an interrupted run leaves what it has; lines that are there are kept."""
+    programs = {(line["model"], line["topology"], line["prompt"]) for line in table["programs"]}
+    compiled = {tuple(line[key] for key in KERNEL_KEYS) for line in table["kernels"]}
+    for chip, topologies in TOPOLOGIES.items():
         for name in names:
             config = MODELS[name]
             settings = {"batch": BATCH, "context": CONTEXT, "kv_bits": 8}
-            for text in (alone, together):
+            for text in topologies:
                 topology = chips.parse(text)
                 best = plan.plans(config, Storage(), topology, **settings)[0]
-                if not best.fits:
-                    continue
-                mesh = aot.mesh_of(topology, best.data, best.model)
                 for prompt in (None, PROMPT) if name in PREFILLED else (None,):
-                    compiled = aot.compile_step(config, Storage(), mesh, topology.chip.kind, prompt=prompt, **settings)
-                    line = {"model": name, "topology": text, "mesh": f"{best.data}x{best.model}", "prompt": prompt}
-                    line |= dataclasses.asdict(compiled) | {"tokens_per_second_at_best": best.tokens_per_second}
-                    table["programs"].append(line | {"fits": aot.fits(compiled, topology)})
-                    write(table)
+                    if best.fits and (name, text, prompt) not in programs:
+                        table["programs"].append(_program(name, topology, best, prompt, settings))
+                        write(table)
             for what, (inputs, outputs) in kernels.projections(config).items():
                 for bits, rows in ((4, 1), (4, 64), (8, 8), (4, 2048)):
-                    found = kernels.compile_matmul(chip, inputs, outputs, rows, bits)
-                    line = {"chip": chip, "model": name, "kernel": what, "rows": rows, "bits": bits}
-                    table["kernels"].append(line | dataclasses.asdict(found))
+                    key = (chip, name, what, rows, bits)
+                    if key not in compiled:
+                        found = kernels.compile_matmul(chip, inputs, outputs, rows, bits)
+                        table["kernels"].append(dict(zip(KERNEL_KEYS, key, strict=True)) | dataclasses.asdict(found))
             for bits in (8, 16):
-                found = kernels.compile_attention(chip, config, BATCH, CONTEXT, bits)
-                line = {"chip": chip, "model": name, "kernel": "append, attend_decode", "rows": BATCH, "bits": bits}
-                table["kernels"].append(line | dataclasses.asdict(found))
+                key = (chip, name, "append, attend_decode", BATCH, bits)
+                if key not in compiled:
+                    found = kernels.compile_attention(chip, config, BATCH, CONTEXT, bits)
+                    table["kernels"].append(dict(zip(KERNEL_KEYS, key, strict=True)) | dataclasses.asdict(found))
             write(table)
+
+
+def _program(name: str, topology: chips.Topology, best: plan.Plan, prompt: int | None, settings: dict) -> dict:
+    mesh = aot.mesh_of(topology, best.data, best.model)
+    compiled = aot.compile_step(MODELS[name], Storage(), mesh, topology.chip.kind, prompt=prompt, **settings)
+    line = {"model": name, "topology": str(topology), "mesh": f"{best.data}x{best.model}", "prompt": prompt}
+    line |= dataclasses.asdict(compiled) | {"tokens_per_second_at_best": best.tokens_per_second}
+    return line | {"fits": aot.fits(compiled, topology)}
+
+
+def empty() -> dict:
+    """A table without lines, of today and of these versions."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    return {"date": datetime.date.today().isoformat(), "versions": versions, "programs": [], "kernels": []}
+
+
+def begun() -> dict:
+    """The table as it is, or an empty one where that was made with other versions."""
+    path = RESULTS / "aot.json"
+    table = json.loads(path.read_text()) if path.exists() else empty()
+    return table if table["versions"] == empty()["versions"] else empty()
 
 
 def write(table: dict) -> None:
@@ -78,7 +93,8 @@ def write(table: dict) -> None:
         "| model | chips | mesh | program | weights | cache | arguments | temporaries | copies of either | fits |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for line in table["programs"]:
+    order = {text: place for place, text in enumerate(text for pair in TOPOLOGIES.values() for text in pair)}
+    for line in sorted(table["programs"], key=lambda line: (order[line["topology"]] // 2, NAMES.index(line["model"]))):
         sizes = (f"{line[key] / 1e9:.2f}" for key in ("weights", "cache", "arguments", "temporaries"))
         program = f"prefill, {line['prompt']} tokens a row" if line["prompt"] else "decode"
         copied = sum(size for _, size in line["copies"])
@@ -100,4 +116,6 @@ def write(table: dict) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="7B and 72B alone")
-    main(parser.parse_args().quick)
+    parser.add_argument("--missing", action="store_true", help="keep the lines that the table has")
+    options = parser.parse_args()
+    main(("qwen-7b", "qwen-72b") if options.quick else NAMES, begun() if options.missing else empty())

@@ -2,19 +2,26 @@
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.huggingface import Checkpoint
 from qwen_jax.bench.models import MODELS
+from qwen_jax.bench.random_checkpoint import RandomCheckpoint
 from qwen_jax.bench.random_weights import RandomWeights
 from qwen_jax.generation import Loop, Programs, Rules, bucket
-from qwen_jax.kv_cache import CacheState, bytes_per_token
+from qwen_jax.kv_cache import bytes_per_token
 from qwen_jax.model import Decoder
 from qwen_jax.sampling import SamplingConfig, device_sampler
+from qwen_jax.sharded_programs import ShardedPrograms
+from qwen_jax.sharded_weights import ShardedWeights
+from qwen_jax.sharding import DATA, MODEL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +31,10 @@ class DecodeResult:
     Attributes:
         tokens_per_second: of all rows together, median of the rounds.
         step_ms: milliseconds a step, median; fastest and slowest round beside it.
-        bytes_per_step: weights, scales, head and cache that a step must read.
-        gigabytes_per_second: bytes_per_step over the median step.
-        peak_bytes: the device's own count, None where it has none.
+        bytes_per_step: weights, scales, head and cache that a device must read for a step.
+        gigabytes_per_second: of a device: bytes_per_step over the median step.
+        peak_bytes: the (first) device's own count, None where it has none.
+        mesh: data x model, as 1x2.
     """
 
     model: str
@@ -41,15 +49,33 @@ class DecodeResult:
     bytes_per_step: int
     gigabytes_per_second: float
     peak_bytes: int | None
+    mesh: str = "1x1"
 
 
-def build(name: str, *, bits: int, dtype: str, kernels: str = "auto", layers: int | None = None) -> Decoder:
-    """A model of the named dimensions with random weights; `layers` shortens it."""
+def build(
+    name: str,
+    *,
+    bits: int,
+    dtype: str,
+    kernels: str = "auto",
+    layers: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Decoder:
+    """A model of the named dimensions with random weights; `layers` shortens it, `mesh` spreads it over devices."""
     config = MODELS[name]
     if layers is not None:
         config = dataclasses.replace(config, num_layers=layers, sliding_layers=(False,) * layers)
-    weights = RandomWeights(config, bits=bits, dtype=dtype, kernels=kernels)
-    return Decoder(config, weights, dtype=dtype, kernels=kernels, unroll=jax.default_backend() == "gpu")
+    if mesh is None:
+        weights = RandomWeights(config, bits=bits, dtype=dtype, kernels=kernels)
+    else:
+        source = cast(Checkpoint, RandomCheckpoint(config, bits=bits, dtype=dtype))
+        weights = ShardedWeights(source, mesh, dtype=dtype, kernels=kernels)
+    return Decoder(weights.config, weights, dtype=dtype, kernels=kernels, unroll=jax.default_backend() == "gpu")
+
+
+def programs_of(decoder: Decoder, mesh: jax.sharding.Mesh | None = None) -> Programs:
+    """The compiled functions of a model from `build`."""
+    return Programs(decoder) if mesh is None else ShardedPrograms(decoder, mesh)
 
 
 def measure(
@@ -62,17 +88,23 @@ def measure(
     context: int,
     steps: int = 32,
     rounds: int = 8,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> DecodeResult:
     """Decodes `steps` greedy tokens a dispatch, `rounds` times after a warm-up, all from about the same context."""
-    config, dtype = decoder.config, decoder.dtype
-    programs = Programs(decoder)
+    programs = programs_of(decoder, mesh)
     room = bucket(context + steps * (rounds + 2), 128)
-    cache = CacheState.empty(config, batch, room, dtype, kv_bits == 8)
-    cache = dataclasses.replace(cache, lengths_B=jnp.full(batch, context - steps, jnp.int32), kv=_noise(cache.kv))
-    sampler, filters = device_sampler(SamplingConfig(), np.zeros(batch))
+    cache = programs.empty_cache(batch, room, decoder.dtype, kv_bits == 8)
+    place = programs._rows if isinstance(programs, ShardedPrograms) else jnp.asarray
+    slots = cache.lengths_B.shape[0]
+    lengths_B = place(np.full(slots, context - steps, np.int32))
+    cache = dataclasses.replace(cache, lengths_B=lengths_B, kv=_noise(cache.kv, mesh))
+    sampler, filters = device_sampler(SamplingConfig(), np.zeros(slots))
+    sampler, _ = programs._place(sampler, None)
     rules = Rules(np.asarray([-1], np.int32), np.int32(0))
-    zeros = jnp.zeros(batch, jnp.int32)
-    loop = Loop(cache, zeros + 1, jnp.zeros(batch, bool), zeros, None, zeros - 1)
+    token_B, done_B, count_B, nonfinite_B = (
+        place(np.full(slots, value)) for value in (np.int32(1), False, np.int32(0), np.int32(-1))
+    )
+    loop = Loop(cache, token_B, done_B, count_B, None, nonfinite_B)
     run = dict(filters=filters, logprobs=False, steps=steps, active_length=room)
     seconds = []
     for _ in range(rounds + 2):
@@ -83,8 +115,8 @@ def measure(
         seconds.append((time.perf_counter() - start) / steps)
     seconds = seconds[2:]
     step = statistics.median(seconds)
-    size = step_bytes(decoder, kv_bits, batch, context)
-    stats = jax.devices()[0].memory_stats() or {}
+    size = step_bytes(decoder, kv_bits, batch, context, 1 if mesh is None else mesh.shape[DATA])
+    stats = jax.local_devices()[0].memory_stats() or {}
     return DecodeResult(
         name,
         bits,
@@ -98,18 +130,28 @@ def measure(
         size,
         size / step / 1e9,
         stats.get("peak_bytes_in_use"),
+        mesh_name(mesh),
     )
 
 
-def step_bytes(decoder: Decoder, kv_bits: int, batch: int, context: int) -> int:
-    """Bytes a decode step cannot avoid reading: every weight but the embedding's unused rows, and the cache."""
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
-    if decoder.lm_head is not None:
-        weights -= decoder.embedding.weight.nbytes
-    return weights + batch * context * bytes_per_token(decoder.config, decoder.dtype, kv_bits == 8)
+def mesh_name(mesh: jax.sharding.Mesh | None) -> str:
+    """As `--mesh` takes it."""
+    return "1x1" if mesh is None else f"{mesh.shape[DATA]}x{mesh.shape[MODEL]}"
 
 
-def _noise(kv):
+def step_bytes(decoder: Decoder, kv_bits: int, batch: int, context: int, data: int = 1) -> int:
+    """Bytes a device must read for a decode step: every weight but the embedding's unused rows, and its cache."""
+    tables = [] if decoder.lm_head is None else jax.tree.leaves(decoder.embedding)
+    weights = sum(map(_bytes_of_a_device, jax.tree.leaves(decoder))) - sum(map(_bytes_of_a_device, tables))
+    # On a mesh the decoder's config is that of one device's heads.
+    return weights + -(-batch // data) * context * bytes_per_token(decoder.config, decoder.dtype, kv_bits == 8)
+
+
+def _bytes_of_a_device(leaf: jax.Array) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _noise(kv, mesh=None):
     """Fills a cache with random numbers: zeros would compress, and hide a kernel that reads the wrong ones."""
 
     def slot(dtype, shape, key):
@@ -124,5 +166,11 @@ def _noise(kv):
         return slots.reshape(array.shape)
 
     leaves, structure = jax.tree.flatten(kv)
-    fills = jax.jit(fill, static_argnums=0, donate_argnums=1)
-    return jax.tree.unflatten(structure, [fills(number, leaf) for number, leaf in enumerate(leaves)])
+    noisy = []
+    for number, leaf in enumerate(leaves):
+        one = functools.partial(fill, number)
+        if mesh is not None:  # every device its own share, all of them alike
+            axes = leaf.sharding.spec
+            one = jax.shard_map(one, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)
+        noisy.append(jax.jit(one, donate_argnums=0)(leaf))
+    return jax.tree.unflatten(structure, noisy)

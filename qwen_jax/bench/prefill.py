@@ -7,8 +7,8 @@ import time
 import jax
 import numpy as np
 
-from qwen_jax.generation import Programs, bucket
-from qwen_jax.kv_cache import CacheState
+from qwen_jax.bench.decode import mesh_name, programs_of
+from qwen_jax.generation import bucket
 from qwen_jax.model import Decoder
 
 
@@ -26,26 +26,35 @@ class PrefillResult:
     slowest: float
     tokens_per_second: float
     peak_bytes: int | None
+    mesh: str = "1x1"
 
 
 def measure(
-    name: str, decoder: Decoder, *, bits: int, kv_bits: int, batch: int, context: int, rounds: int = 5
+    name: str,
+    decoder: Decoder,
+    *,
+    bits: int,
+    kv_bits: int,
+    batch: int,
+    context: int,
+    rounds: int = 5,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> PrefillResult:
     """Reads `batch` random prompts of `context` tokens into a fresh cache, `rounds` times after a warm-up."""
-    programs = Programs(decoder)
+    programs = programs_of(decoder, mesh)
     width = bucket(context)
     ids_BT = np.random.default_rng(0).integers(0, decoder.config.vocab_size, (batch, width)).astype(np.int32)
     lengths_B = np.full(batch, context, np.int32)
     seconds = []
     for _ in range(rounds + 2):
-        cache = CacheState.empty(decoder.config, batch, width, decoder.dtype, kv_bits == 8)
+        cache = programs.empty_cache(batch, width, decoder.dtype, kv_bits == 8)
         jax.block_until_ready(cache)
         start = time.perf_counter()
-        jax.block_until_ready(programs.prefill(ids_BT, lengths_B, cache))
+        jax.block_until_ready(programs._read(ids_BT, lengths_B, cache))  # its logits stay where they are
         seconds.append(time.perf_counter() - start)
     seconds = seconds[2:]
     median = statistics.median(seconds)
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     return PrefillResult(
         name,
         bits,
@@ -57,4 +66,5 @@ def measure(
         max(seconds) * 1e3,
         batch * context / median,
         stats.get("peak_bytes_in_use"),
+        mesh_name(mesh),
     )
