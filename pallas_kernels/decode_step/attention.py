@@ -262,25 +262,23 @@ def store_table(plan: Plan, table, cos, sin, slot, warp, lane):
     w.when(w.less(warp, 8), write)
 
 
-def bias_terms(plan: Plan, query, bias, head, lane):
-    """(q₁b₁ + q₂b₂, q₂b₁ − q₁b₂) of the pairs 2l, 2l + 1 of each query, in log2 units times `UNIT`."""
-    pairs, unit = plan.head_dim // 2, plan.scale * math.log2(math.e) * UNIT
-    size = 4 if plan.key_bias_dtype == "float32" else 2
-    terms = []
-    for e in range(2):
-        at = w.iadd(w.imul(lane, 2), e)
-        where = w.imul(w.iadd(w.imul(head, plan.head_dim), at), size)
-        b1, b2 = (
-            w.load_float_of(bias, w.iadd(where, more * size), plan.key_bias_dtype) for more in (0, pairs)
-        )
-        terms.append((b1, b2))
+def load_bias(plan: Plan, bias, head, lane):
+    """The keys' bias of the pairs 2l, 2l + 1: (first, second channel) of each."""
+    size, pairs = 4 if plan.key_bias_dtype == "float32" else 2, plan.head_dim // 2
     found = []
+    for e in range(2):
+        where = w.imul(w.iadd(w.imul(head, plan.head_dim), w.imul(lane, 2), e), size)
+        found.append([w.load_float_of(bias, w.iadd(where, at * size), plan.key_bias_dtype) for at in (0, pairs)])
+    return found
+
+
+def bias_terms(plan: Plan, query, biases, lane):
+    """(q₁b₁ + q₂b₂, q₂b₁ − q₁b₂) of the pairs 2l, 2l + 1 of each query, in log2 units times `UNIT`."""
+    unit, found = plan.scale * math.log2(math.e) * UNIT, []
     for which in range(plan.share):
         base = w.iadd(w.imul(lane, 4), which * plan.head_dim * 2)
-        first, second = (
-            w.unpack(w.load_words(query, w.iadd(base, more), 1)[0], "bf16") for more in (0, pairs * 2)
-        )
-        for e, (b1, b2) in enumerate(terms):
+        first, second = (w.unpack(w.load_words(query, w.iadd(base, at), 1)[0], "bf16") for at in (0, plan.head_dim))
+        for e, (b1, b2) in enumerate(biases):
             q1, q2 = first[e], second[e]
             found.append(w.mul(w.fma(q1, b1, w.mul(q2, b2)), w.f32(unit)))
             found.append(w.mul(w.sub(w.mul(q2, b1), w.mul(q1, b2)), w.f32(unit)))

@@ -116,13 +116,13 @@ def meet(name: int, threads: int):
 
 def count_up(pointer):
     """Adds one to a word of global memory for the whole device, after all that this thread knows of."""
-    w.asm("fence.acq_rel.gpu; red.release.gpu.global.add.u32 [$0], 1;", [], pointer)
+    w.asm("red.release.gpu.global.add.u32 [$0], 1;", [], pointer)
 
 
 def await_count(pointer, target):
     """Waits until a word of global memory has reached a count."""
-    text = "{.reg .pred p; .reg .u32 v; WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.lt.u32 p, v, $1; "
-    w.asm(text + "@p bra WAIT; }", [], pointer, target)
+    text = "{.reg .pred p; .reg .u32 v; WAIT: ld.relaxed.gpu.global.u32 v, [$0]; setp.lt.u32 p, v, $1; "
+    w.asm(text + "@p bra WAIT; ld.acquire.gpu.global.u32 v, [$0]; }", [], pointer, target)
 
 
 def store_word(pointer, value):

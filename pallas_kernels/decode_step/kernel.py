@@ -1,4 +1,4 @@
-"""The launch: one block a multiprocessor, all resident; warps that compute and one that copies."""
+"""The launch: one block a multiprocessor, all resident; warps that compute and four that copy."""
 
 import functools
 
@@ -32,7 +32,8 @@ def emit(plan: Plan, pointers, shared_base, block):
 
     w.when(w.equal(thread, 0), prepare)
     d.meet(0, 32 * plan.warps + 128)
-    w.when(w.equal(warp, plan.warps), lambda: load(plan, pointers, shared, lane, block))
+    loader = w.iadd(warp, -plan.warps)
+    w.when(w.less(-1, loader), lambda: load(plan, pointers, shared, loader, lane, block))
     w.when(w.less(warp, plan.warps), lambda: consume(plan, pointers, shared, block, warp, lane))
 
 

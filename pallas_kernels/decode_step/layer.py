@@ -75,12 +75,29 @@ def _qkv(me: Consumer, layer, sequence, meetings):
 
 def _cache(me: Consumer, layer, sequence, meetings):
     plan, pointers, shared, lane, warp = me.plan, me.pointers, me.shared, me.lane, me.warp
-    me.reach(meetings)
+    tables = (pointers["all_cos"], pointers["all_sin"]) if plan.biased else ()
     for round_ in range(plan.item_rounds):
         index, exists, row, head, low, high, valid, every = item_of(plan, pointers["lengths"], me.block, round_)
         slots = w.select(exists, w.imul(w.iadd(high, w.imul(low, -1)), plan.cache_slots), w.i32(0))
+        table_row = row if plan.table_rows > 1 else w.i32(0)
 
-        def work(index=index, row=row, head=head, low=low, high=high, valid=valid, every=every, sequence=sequence):
+        def turn_of(place, table_row=table_row):
+            return attention.table_row(plan, *tables, table_row, w.imul(place, TOKENS), lane) if tables else []
+
+        # What does not depend on the phase before is read before the meeting.
+        biases = []
+        if plan.biased:
+            size = 4 if plan.key_bias_dtype == "float32" else 2
+            bias = w.element(pointers["key_bias"], w.imul(layer, plan.kv_heads * plan.head_dim), size)
+            biases = attention.load_bias(plan, bias, head, lane)
+        first_turn = turn_of(w.iadd(low, warp))
+        if round_ == 0:
+            me.reach(meetings)
+
+        def work(
+            index=index, row=row, head=head, low=low, high=high, valid=valid, every=every, sequence=sequence,
+            biases=biases, first_turn=first_turn, turn_of=turn_of,
+        ):  # fmt: skip
             # Each part of a list has a warp of its own: queries, and in the last split the newest key and value.
             newest_here = w.equal(high, every)
             for which in range(plan.share):
@@ -96,25 +113,12 @@ def _cache(me: Consumer, layer, sequence, meetings):
                     ),
                 )
             if plan.biased and plan.table_rows > 1:
-                tables = pointers["all_cos"], pointers["all_sin"]
                 attention.store_table(plan, shared["table"], *tables, row, warp, lane)
             me.meet()
             query = attention.query_operand(plan, shared["query"], lane)
-            terms = []
-            if plan.biased:
-                size = 4 if plan.key_bias_dtype == "float32" else 2
-                bias = w.element(pointers["key_bias"], w.imul(layer, plan.kv_heads * plan.head_dim), size)
-                terms = attention.bias_terms(plan, shared["query"], bias, head, lane)
+            terms = attention.bias_terms(plan, shared["query"], biases, lane) if plan.biased else []
             oldest = w.i32(0) if plan.window is None else w.iadd(valid, -plan.window)
             scratch = w.offset(shared["x"], w.imul(warp, 2 * plan.share * 256))
-            table_row = row if plan.table_rows > 1 else w.i32(0)
-
-            def turn_of(place):
-                if not plan.biased:
-                    return []
-                tables = pointers["all_cos"], pointers["all_sin"]
-                return attention.table_row(plan, *tables, table_row, w.imul(place, TOKENS), lane)
-
             def step(number, carried):
                 state, turn = carried[: attention.state_size(plan)], carried[attention.state_size(plan) :]
                 place = w.iadd(low, number, warp)
@@ -144,7 +148,7 @@ def _cache(me: Consumer, layer, sequence, meetings):
                 return [*state, *following]
 
             mine = w.imax(w.iadd(high, w.imul(low, -1), w.imul(warp, -1)), 0)
-            begin = [*attention.start_state(plan), *turn_of(w.iadd(low, warp))]
+            begin = [*attention.start_state(plan), *first_turn]
             state = w.loop(mine, plan.warps, begin, step)[: attention.state_size(plan)]
             attention.merge(plan, state, shared, pointers["partial"], pointers["statistics"], index, warp, lane)
 

@@ -1,11 +1,12 @@
-"""The warp that fills the ring: every byte of weights and cache that a block needs, in the order of the consumers.
+"""The warps that fill the ring: every byte of weights and cache that a block needs, in the order of the consumers.
 
-It never waits for a phase of the layer, only for room, so that memory works on while the blocks meet at barriers.
+They take tiles in turn and never wait for a phase of the layer, only for room, so that memory works on while the blocks meet at barriers.
 """
 
 from pallas_kernels.decode_step import instructions as d
-from pallas_kernels.decode_step.plan import SLOT_BYTES, STRIP, TOKENS, Matrix, Plan
+from pallas_kernels.decode_step.plan import LOADERS, SLOT_BYTES, STRIP, TOKENS, Matrix, Plan
 from pallas_kernels.kv_attention import warp as w
+
 
 
 class Ring:
@@ -59,8 +60,13 @@ def item_of(plan: Plan, lengths, block, round_: int):
     return index, exists, row, head, low, high, valid, every
 
 
-def load_matrix(plan: Plan, matrix: Matrix, pointers, ring: Ring, lane, block, layer, sequence):
-    """Fills slots with a block's tiles; returns the sequence after them."""
+def first_slot(loader, sequence):
+    """How many slots from `sequence` on a loader's first one is: a slot is always filled by the same loader."""
+    return w.irem(w.iadd(loader, LOADERS, w.imul(w.irem(sequence, LOADERS), -1)), LOADERS)
+
+
+def load_matrix(plan: Plan, matrix: Matrix, pointers, ring: Ring, loader, lane, block, layer, sequence):
+    """Fills slots with a loader's share of a block's tiles; returns the sequence after them."""
     count, strip0 = tiles_of(matrix, block), first_strip(matrix, block)
     kinds = 1 + matrix.groups * (1 if matrix.symmetric else 2)
     row, kind = w.idiv(lane, kinds), w.irem(lane, kinds)
@@ -81,9 +87,11 @@ def load_matrix(plan: Plan, matrix: Matrix, pointers, ring: Ring, lane, block, l
     if not matrix.symmetric:
         zeros_layer = w.element(pointers[f"{name}.zeros"], w.imul(layer, matrix.scale_rows), matrix.columns)
     each_half = matrix.parts // matrix.halves
+    first = first_slot(loader, sequence)
 
     def fill(index, carried):
         del carried
+        index = w.iadd(index, first)
         part, depth = w.irem(index, matrix.parts), w.idiv(index, matrix.parts)
         data, extra, full, empty, parity = ring.slot(w.iadd(sequence, index))
         d.barrier_wait(empty, w.ixor(parity, 1))
@@ -105,12 +113,12 @@ def load_matrix(plan: Plan, matrix: Matrix, pointers, ring: Ring, lane, block, l
         w.when(w.less(lane, matrix.rows * kinds), lambda: d.bulk_copy(target, source, size, full))
         return []
 
-    w.loop(count, 1, [], fill)
+    w.loop(w.imax(w.iadd(count, w.imul(first, -1)), 0), LOADERS, [], fill)
     return w.iadd(sequence, count)
 
 
-def load_cache(plan: Plan, pointers, ring: Ring, lane, block, layer, sequence):
-    """Fills slots with a block's parts of the cache; returns the sequence after them."""
+def load_cache(plan: Plan, pointers, ring: Ring, loader, lane, block, layer, sequence):
+    """Fills slots with a loader's share of a block's parts of the cache; returns the sequence after them."""
     itemsize = 1 if plan.quantized else 2
     row_bytes = plan.head_dim * itemsize
     names = ("key_scales", "key_minimums", "value_scales", "value_minimums")
@@ -120,48 +128,40 @@ def load_cache(plan: Plan, pointers, ring: Ring, lane, block, layer, sequence):
         cached = w.imul(w.iadd(layer, plan.first_layer), plan.batch)
         line = w.imul(w.iadd(w.imul(w.iadd(cached, row), plan.kv_heads), head), plan.length)  # tokens before the head's
 
-        def fill(index, carried, line=line, low=low, sequence=sequence):
+        first, slots = first_slot(loader, sequence), w.imul(blocks, plan.cache_slots)
+
+        def fill(index, carried, line=line, low=low, sequence=sequence, first=first):
             del carried
-            token = w.iadd(line, w.imul(w.iadd(low, index), TOKENS))
-            for part in range(plan.cache_slots):
-                place = w.iadd(sequence, w.imul(index, plan.cache_slots), part)
-                data, extra, full, empty, parity = ring.slot(place)
-                d.barrier_wait(empty, w.ixor(parity, 1))
-                if plan.quantized:
-                    total = 2 * TOKENS * row_bytes + 4 * 2 * TOKENS
-                    w.when(w.equal(lane, 0), lambda full=full, total=total: d.barrier_expect(full, w.i32(total)))
-                    w.warp_barrier()
-                    keys, values = (w.element(pointers[name], token, row_bytes) for name in ("keys", "values"))
-                    source = d.pick(w.equal(lane, 0), keys, values)
-                    target = w.offset(data, w.imul(lane, TOKENS * row_bytes))
-                    for which, name in enumerate(names):
-                        mine = w.equal(lane, 2 + which)
-                        source = d.pick(mine, w.element(pointers[name], token, 2), source)
-                        target = d.pick(mine, w.offset(extra, which * 2 * TOKENS), target)
-                    size = w.select(w.less(lane, 2), w.i32(TOKENS * row_bytes), w.i32(2 * TOKENS))
-                    w.when(
-                        w.less(lane, 6),
-                        lambda target=target, source=source, size=size, full=full: d.bulk_copy(
-                            target, source, size, full
-                        ),
-                    )
-                    continue
-
-                def copy(data=data, full=full, part=part):
-                    d.barrier_expect(full, w.i32(TOKENS * row_bytes))
-                    source = w.element(pointers[("keys", "values")[part]], token, row_bytes)
-                    d.bulk_copy(data, source, w.i32(TOKENS * row_bytes), full)
-
-                w.when(w.equal(lane, 0), copy)
+            index = w.iadd(index, first)
+            token = w.iadd(line, w.imul(w.iadd(low, w.idiv(index, plan.cache_slots)), TOKENS))
+            data, extra, full, empty, parity = ring.slot(w.iadd(sequence, index))
+            keys, values = (w.element(pointers[name], token, row_bytes) for name in ("keys", "values"))
+            d.barrier_wait(empty, w.ixor(parity, 1))
+            if plan.quantized:
+                copies, total = 6, 2 * TOKENS * row_bytes + 4 * 2 * TOKENS
+                source = d.pick(w.equal(lane, 0), keys, values)
+                target = w.offset(data, w.imul(lane, TOKENS * row_bytes))
+                for which, name in enumerate(names):
+                    mine = w.equal(lane, 2 + which)
+                    source = d.pick(mine, w.element(pointers[name], token, 2), source)
+                    target = d.pick(mine, w.offset(extra, which * 2 * TOKENS), target)
+                size = w.select(w.less(lane, 2), w.i32(TOKENS * row_bytes), w.i32(2 * TOKENS))
+            else:
+                copies, total = 1, TOKENS * row_bytes
+                source, target = d.pick(w.equal(w.irem(index, 2), 0), keys, values), data
+                size = w.i32(total)
+            w.when(w.equal(lane, 0), lambda: d.barrier_expect(full, w.i32(total)))
+            w.warp_barrier()
+            w.when(w.less(lane, copies), lambda: d.bulk_copy(target, source, size, full))
             return []
 
-        w.loop(blocks, 1, [], fill)
-        sequence = w.iadd(sequence, w.imul(blocks, plan.cache_slots))
+        w.loop(w.imax(w.iadd(slots, w.imul(first, -1)), 0), LOADERS, [], fill)
+        sequence = w.iadd(sequence, slots)
     return sequence
 
 
-def load(plan: Plan, pointers, shared, lane, block):
-    """All layers."""
+def load(plan: Plan, pointers, shared, loader, lane, block):
+    """All layers; `loader` is the number of this warp among `LOADERS`."""
     ring = Ring(plan, shared)
 
     def layer_of(layer, carried):
@@ -170,9 +170,9 @@ def load(plan: Plan, pointers, shared, lane, block):
             if name in plan.skip:
                 continue
             if name == "cache":
-                sequence = load_cache(plan, pointers, ring, lane, block, layer, sequence)
+                sequence = load_cache(plan, pointers, ring, loader, lane, block, layer, sequence)
             else:
-                sequence = load_matrix(plan, plan.matrix(name), pointers, ring, lane, block, layer, sequence)
+                sequence = load_matrix(plan, plan.matrix(name), pointers, ring, loader, lane, block, layer, sequence)
         return [sequence]
 
     w.loop(w.i32(plan.layers), 1, [w.i32(0)], layer_of)

@@ -195,7 +195,8 @@ def plan_for(shape: DecodeShape, blocks: int, *, warps: int = WARPS, slots: int 
     )  # fmt: skip
     _, rest = plan.regions()
     room = (plans.SHARED_BYTES - rest - 3 * 128) // (plans.SLOT_BYTES + plan.extra_stride + 16)
-    return dataclasses.replace(plan, slots=room if slots is None else min(slots, room))
+    room = room if slots is None else min(slots, room)
+    return dataclasses.replace(plan, slots=room // plans.LOADERS * plans.LOADERS)
 
 
 def operands(plan, x_BD, weights: LayerWeights, lengths_B, rotary, key_rotary, logn_B):

@@ -9,7 +9,8 @@ import math
 
 CHUNK, STRIP, TOKENS = 128, 16, 16
 SLOT_BYTES = 4096
-SHARED_BYTES = 227 * 1024
+LOADERS = 4  # warps: one alone spends longer on a tile's addresses than memory on its bytes
+SHARED_BYTES = 226 * 1024  # 1 KB of a block's 227 goes to what Mosaic itself reserves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Plan:
         matrices: qkv, output, gate_up, down.
         blocks: of the grid, all resident.
         warps: that consume.
-        slots: of the ring.
+        slots: of the ring, a multiple of `LOADERS`.
         splits: parts of each (row, key/value head) of the cache.
         skip: names of phases whose work is left out, to time the others (results are then meaningless).
     """
