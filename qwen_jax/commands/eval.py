@@ -13,7 +13,7 @@ from .common import Debug, Dtype, Json, Kernels, Kv8, Model, print_json
 
 EXAMPLES = """
 qwen-jax eval ./int4 --text book.txt
-qwen-jax eval ./float --text book.txt --limit 8192 --compare ./int8 --compare ./int4
+qwen-jax eval ./float --text book.txt --limit 8192 --compare ./int8 --compare ./int4 --kv8 --plot compared.png
 qwen-jax eval ./int4 --task mmlu --task gsm8k --fewshot 5
 qwen-jax eval ./int4 --task mine --include-path ./tasks --chat-template
 """
@@ -39,6 +39,9 @@ def run(
         bool, typer.Option("--unsafe-code", help="Run code that the model writes (HumanEval) on this machine.")
     ] = False,
     batch_size: Annotated[int | None, typer.Option(help="Rows at once in tasks.", min=1)] = None,
+    plot: Annotated[
+        pathlib.Path | None, typer.Option(help="With --compare: also draw size, perplexity, speed.", metavar="PNG")
+    ] = None,
     kv8: Kv8 = False,
     dtype: Dtype = "auto",
     kernels: Kernels = "auto",
@@ -81,6 +84,8 @@ def run(
         raise ValueError(f"{text}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
     ids = ids[:limit]
     start = time.perf_counter()
+    if plot is not None and not compare:
+        raise ValueError("--plot: draws a comparison; give --compare MODEL.")
     if compare:
         if stride is not None:
             raise ValueError("--stride: with --compare windows do not overlap; leave it out.")
@@ -93,8 +98,11 @@ def run(
                 window=window,
                 kv_cache=kinds,
                 dtype=dtype,
-                progress=lambda step, done, total: update(step, done, total, unit="tokens"),
+                use=True,
+                progress=lambda step, done, total: update(step, done, total),
             )
+        if plot is not None:
+            _plot(rows, text, plot)
         if json:
             print_json({"text": str(text), "window": window, "rows": [dataclasses.asdict(row) for row in rows]})
         else:
@@ -135,22 +143,42 @@ def _tasks(model: str, results: dict, json: bool) -> None:
         print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
+def _plot(rows, text: pathlib.Path, file: pathlib.Path) -> None:
+    from ..bench.environment import environment
+    from ..plots import quantization
+
+    facts = environment()
+    drawing = quantization(
+        [f"{pathlib.Path(row.model).name}, {row.kv_cache} cache" for row in rows],
+        [row.weight_bytes for row in rows],
+        [row.perplexity for row in rows],
+        [row.tokens_per_second for row in rows],
+        f"{text.name}; {facts['device']}, JAX {facts['jax']}, {facts['date']}",
+    )
+    drawing.savefig(file, dpi=150)
+
+
 def _table(rows) -> None:
     from rich.console import Console
     from rich.table import Table
 
     exact = rows[0].perplexity
-    table = Table()
-    for name in ("model", "KV cache", "MB", "perplexity", "", "KL divergence", "same top token"):
+    table = Table(box=None)
+    columns = ("model", "KV cache", "MB", "peak MB", "tokens/s", "perplexity", "", "KL divergence", "same top token")
+    for name in columns:
         table.add_column(name, justify="left" if name in ("model", "KV cache") else "right")
     for row in rows:
         table.add_row(
-            row.model,
+            pathlib.Path(row.model).name,
             row.kv_cache,
             f"{row.weight_bytes / 1e6:.1f}",
+            "not measured" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
+            f"{row.tokens_per_second:.1f}",
             f"{row.perplexity:.3f}",
             f"{row.perplexity / exact - 1:+.2%}",
             f"{row.kl_divergence:.5f}",
             f"{row.top1_agreement:.2%}",
         )
-    Console().print(table)
+    console = Console()
+    console.width = console.width if console.is_terminal else 200
+    console.print(table)

@@ -26,6 +26,8 @@ class Comparison:
         kl_divergence: mean Σ p·log(p / q) over the vocabulary, p the float model's distribution, in nats.
         top1_agreement: part of the positions whose most probable token is the float model's.
         tokens: counted positions.
+        tokens_per_second: of decoding one row; None where it was not measured.
+        peak_bytes: of loading and generating, see `footprint`; None where it was not measured.
     """
 
     model: str
@@ -35,6 +37,8 @@ class Comparison:
     kl_divergence: float
     top1_agreement: float
     tokens: int
+    tokens_per_second: float | None = None
+    peak_bytes: int | None = None
 
 
 class Totals:
@@ -81,6 +85,7 @@ def compare(
     limit: int | None = None,
     kv_cache: Sequence[str] = ("float", "8-bit"),
     dtype: str = "auto",
+    use: bool = False,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> list[Comparison]:
     """Compares models with a float one on a text; the float model is in memory with one other at a time.
@@ -94,6 +99,7 @@ def compare(
         kv_cache: "float" and "8-bit": how keys and values are kept. The 8-bit lines take a decode step for every
             position of a window, which is far slower.
         dtype: of activations, as in `from_pretrained`.
+        use: also measure each one's decode speed and peak memory, alone and before the comparison.
         progress: called with what is being measured, the tokens counted so far and their number.
     """
     from qwen_jax.causal_lm import QwenForCausalLM
@@ -103,6 +109,7 @@ def compare(
         raise ValueError(f"kv_cache holds {sorted(unknown)}, expected 'float' and '8-bit'.")
     ids = np.asarray(ids, np.int32).reshape(-1)[:limit]
     parts = windows(len(ids), window)
+    taken = _footprints((reference, *models), kv_cache, dtype, progress) if use else {}
     exact = QwenForCausalLM.from_pretrained(reference, dtype=dtype)
     rows = []
     for name in (reference, *models):
@@ -122,9 +129,25 @@ def compare(
                 reference_TV = exact(inputs)[0, : part.stop - part.start - 1]
                 totals.add(reference_TV, logits_TV, ids[part.first : part.stop])
                 progress(step, totals.count, sum(each.stop - each.first for each in parts))
-            rows.append(totals.result(str(name), kind, weight_bytes(find(name))))
+            speed, peak = taken.get((name, kind), (None, None))
+            row = totals.result(str(name), kind, weight_bytes(find(name)))
+            rows.append(dataclasses.replace(row, tokens_per_second=speed, peak_bytes=peak))
             del model
     return rows
+
+
+def _footprints(names, kv_cache, dtype, progress) -> dict[tuple[str | Path, str], tuple[float, int | None]]:
+    """Speed and memory of each model and cache, the smallest first."""
+    from qwen_jax.checkpoint_store import find
+    from qwen_jax.evaluate.footprint import footprint
+
+    cases = [(name, kind) for name in names for kind in kv_cache]
+    cases.sort(key=lambda case: (weight_bytes(find(case[0])), case[1] == "float"))
+    taken = {}
+    for number, (name, kind) in enumerate(cases):
+        taken[name, kind] = footprint(name, kind == "8-bit", dtype)
+        progress("Speed and memory", number + 1, len(cases))
+    return taken
 
 
 def weight_bytes(folder: Path) -> int:

@@ -36,7 +36,7 @@ def test_totals():
 
 @functools.cache
 def table():
-    return compare(CASE / "source", [CASE / "quantized"], IDS, window=32, dtype="float32")
+    return compare(CASE / "source", [CASE / "quantized"], IDS, window=32, dtype="float32", use=True)
 
 
 def test_table():
@@ -48,6 +48,7 @@ def test_table():
         ("quantized", "8-bit"),
     ]
     exact, exact8, int4, int4_8 = rows
+    assert all(row.tokens_per_second > 1 and row.peak_bytes is not None for row in rows)
     assert exact.tokens == int4_8.tokens == 31 + 31
     assert exact.kl_divergence < 1e-6 and exact.top1_agreement == 1
     assert 1e-7 < exact8.kl_divergence < 0.1 * int4.kl_divergence
