@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import textwrap
 import time
 from typing import Annotated
 
@@ -149,7 +150,7 @@ def _plot(rows, text: pathlib.Path, file: pathlib.Path) -> None:
 
     facts = environment()
     drawing = quantization(
-        [f"{pathlib.Path(row.model).name}, {row.kv_cache} cache" for row in rows],
+        ["\n".join(textwrap.wrap(f"{pathlib.Path(row.model).name}, {row.kv_cache} cache", 28)) for row in rows],
         [row.weight_bytes for row in rows],
         [row.perplexity for row in rows],
         [row.tokens_per_second for row in rows],

@@ -25,8 +25,8 @@ def quantization(
     """
     panels = (
         ("Size", "weights, MB", [size / 1e6 for size in bytes_of_weights], "{:.0f}"),
-        ("Perplexity (lower is better)", "perplexity", perplexities, "{:.2f}"),
-        ("Speed (higher is better)", "decode, tokens/s", tokens_per_second, "{:.0f}"),
+        ("Perplexity", "perplexity, lower is better", perplexities, "{:.2f}"),
+        ("Speed", "decode, tokens/s", tokens_per_second, "{:.0f}"),
     )
     colors = [GREY, BLUE, ORANGE, GREEN, PURPLE, RED]
     with figure(3, height=0.5 * len(names) + 1.5) as (drawing, axes):
