@@ -154,7 +154,7 @@ class TrainingPrograms:
     def _run_step(self, state: State, frozen: Frozen, batch: Batch):
         total, count, grads = self._gradients(state.parameters, frozen, batch, state.step)
         grads = jax.tree.map(lambda grad: grad / jnp.maximum(count, 1.0), grads)
-        norm = optax.global_norm(grads)
+        norm = jnp.sqrt(sum((jnp.sum(grad * grad) for grad in jax.tree.leaves(grads)), jnp.zeros((), jnp.float32)))
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers by floats
             updates, begun = self.optimizer.update(grads, state.optimizer, state.parameters)
             tree = optax.apply_updates(state.parameters, updates)
