@@ -36,7 +36,10 @@ def build(names=COMMANDS) -> typer.Typer:
     app.callback(epilog=_examples(EXAMPLES))(_options)
     for name in names:
         module = importlib.import_module(f"qwen_jax.commands.{name}")
-        app.command(name, epilog=_examples(module.EXAMPLES))(module.run)
+        if isinstance(module.run, typer.Typer):  # subcommands of its own
+            app.add_typer(module.run, name=name, epilog=_examples(module.EXAMPLES))
+        else:
+            app.command(name, epilog=_examples(module.EXAMPLES))(module.run)
     return app
 
 

@@ -13,6 +13,7 @@ import shlex
 import sys
 import tomllib
 
+import click
 import pytest
 import typer
 
@@ -121,7 +122,10 @@ def parse(arguments):
         assert arguments[0] in {option for each in group.params for option in each.opts}, arguments
         return
     assert arguments[0] in cli.COMMANDS, f"{arguments[0]}: no such command"
-    group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+    context = group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+    if isinstance(context.command, click.Group):
+        name, command, rest = context.command.resolve_command(context, [*context._protected_args, *context.args])
+        command.make_context(name, rest, parent=context)
 
 
 def make_target(line):

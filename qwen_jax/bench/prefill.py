@@ -8,13 +8,17 @@ import jax
 import numpy as np
 
 from qwen_jax.bench.decode import mesh_name, programs_of
+from qwen_jax.bench.models import MODELS
 from qwen_jax.generation import bucket
 from qwen_jax.model import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillResult:
-    """One measurement: milliseconds of a prefill, median of the rounds, and prompt tokens a second."""
+    """One measurement: milliseconds of a prefill, median of the rounds, and prompt tokens a second.
+
+    `teraflops` counts matrix products of the layers and causal attention, over all devices.
+    """
 
     model: str
     bits: int
@@ -27,6 +31,7 @@ class PrefillResult:
     tokens_per_second: float
     peak_bytes: int | None
     mesh: str = "1x1"
+    teraflops: float | None = None
 
 
 def measure(
@@ -67,4 +72,14 @@ def measure(
         batch * context / median,
         stats.get("peak_bytes_in_use"),
         mesh_name(mesh),
+        operations(name, decoder.config.num_layers, batch, context) / median / 1e12,
     )
+
+
+def operations(name: str, layers: int, batch: int, context: int) -> float:
+    """Multiplications and additions of the layers' matrix products and of causal attention; the head is left out."""
+    config = MODELS[name]
+    heads = config.num_heads * config.head_dim
+    attention = config.hidden_size * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
+    weights = attention + 3 * config.hidden_size * config.intermediate_size
+    return 2.0 * layers * batch * context * (weights + heads * context)

@@ -1,68 +1,152 @@
-"""`qwen-jax bench`: speed at the true dimensions of a model, with random weights; no checkpoint needed."""
+"""`qwen-jax bench`: speed and memory at the true dimensions of a model, with random weights; no checkpoint needed."""
 
-import dataclasses
-import json as json_module
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .common import Debug, Json, Kernels, status
+from .common import Debug, Json, Kernels, print_json, status
 
 EXAMPLES = """
 qwen-jax bench decode --model qwen-7b --bits 4 --kv-bits 8 --batch 1 --context 2048
-qwen-jax bench decode --model qwen-1.8b --batch 1 --batch 8 --batch 32 --output result.json
-qwen-jax bench prefill --model qwen2.5-7b --context 2048
+qwen-jax bench decode --model qwen-1.8b --batch 1 --batch 8 --batch 32 --output decode.json
 qwen-jax bench decode --model qwen-72b --mesh 1x2
+qwen-jax bench prefill --model qwen2.5-7b --context 2048
 """
 
+run = typer.Typer(no_args_is_help=True)
 
-def run(
-    what: Annotated[str, typer.Argument(help="decode or prefill.", metavar="decode|prefill")],
-    model: Annotated[str, typer.Option(help="Dimensions: qwen-1.8b, qwen-7b, qwen2.5-7b, qwen3-8b, …")] = "qwen-7b",
-    bits: Annotated[int, typer.Option(help="Of the weights: 4, 8 or 16.")] = 4,
-    kv_bits: Annotated[int, typer.Option(help="Of the KV cache: 8 or 16.")] = 8,
-    batch: Annotated[list[int], typer.Option(help="Rows; may be given several times.")] = [1],  # noqa: B006
-    context: Annotated[list[int], typer.Option(help="Tokens before the step; may be given several times.")] = [2048],  # noqa: B006
-    layers: Annotated[int | None, typer.Option(help="Only so many layers, for a quick look.")] = None,
-    mesh: Annotated[str | None, typer.Option(help="Devices for rows x for each layer, as 1x2.", metavar="DxM")] = None,
-    dtype: Annotated[str, typer.Option(help="Of activations and float weights.")] = "bfloat16",
+Model = Annotated[str, typer.Option(help="Dimensions: qwen-1.8b, qwen-7b, qwen2.5-7b, qwen3-8b, …")]
+Bits = Annotated[list[int], typer.Option(help="Of the weights: 4, 8 or 16; may be given several times.")]
+KvBits = Annotated[list[int], typer.Option(help="Of the KV cache: 8 or 16; may be given several times.")]
+Batch = Annotated[list[int], typer.Option(help="Rows; may be given several times.", min=1)]
+Context = Annotated[list[int], typer.Option(help="Tokens in the cache or prompt; may be given several times.", min=1)]
+Layers = Annotated[int | None, typer.Option(help="Only so many layers, for a quick look.", min=1)]
+Mesh = Annotated[str | None, typer.Option(help="Devices for rows x for each layer, as 1x2.", metavar="DxM")]
+Dtype = Annotated[str, typer.Option(help="Of activations and float weights.")]
+Rounds = Annotated[int, typer.Option(help="Timed repetitions, after a warm-up.", min=1)]
+Output = Annotated[Path | None, typer.Option(help="Also write results, device and versions here as JSON.")]
+
+
+@run.callback()
+def _bench(debug: Debug = False):
+    """Measure speed and memory at a model's dimensions, with random weights: no checkpoint needed."""
+
+
+def _examples(what: str) -> str:
+    lines = [line for line in EXAMPLES.strip().splitlines() if line.startswith(f"qwen-jax bench {what} ")]
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(lines)
+
+
+@run.command(epilog=_examples("decode"))
+def decode(
+    model: Model = "qwen-7b",
+    bits: Bits = [4],  # noqa: B006
+    kv_bits: KvBits = [8],  # noqa: B006
+    batch: Batch = [1],  # noqa: B006
+    context: Context = [2048],  # noqa: B006
+    layers: Layers = None,
+    mesh: Mesh = None,
+    dtype: Dtype = "bfloat16",
     kernels: Kernels = "auto",
-    rounds: Annotated[int, typer.Option(help="Timed repetitions, after a warm-up.")] = 5,
-    output: Annotated[Path | None, typer.Option(help="Also write results, device and versions here as JSON.")] = None,
+    rounds: Rounds = 5,
+    output: Output = None,
     json: Json = False,
     debug: Debug = False,
 ):
-    """Measure decode or prefill of a whole model and print it beside the bytes it must move."""
-    from rich.console import Console
+    """Time whole decode steps, beside the bytes that they must read and a copy's rate in the same run."""
+    _model("decode", model, bits, kv_bits, batch, context, layers, mesh, dtype, kernels, rounds, output, json)
 
-    from ..bench import decode, environment, prefill
+
+@run.command(epilog=_examples("prefill"))
+def prefill(
+    model: Model = "qwen-7b",
+    bits: Bits = [4],  # noqa: B006
+    kv_bits: KvBits = [8],  # noqa: B006
+    batch: Batch = [1],  # noqa: B006
+    context: Context = [2048],  # noqa: B006
+    layers: Layers = None,
+    mesh: Mesh = None,
+    dtype: Dtype = "bfloat16",
+    kernels: Kernels = "auto",
+    rounds: Rounds = 5,
+    output: Output = None,
+    json: Json = False,
+    debug: Debug = False,
+):
+    """Time the reading of whole prompts."""
+    _model("prefill", model, bits, kv_bits, batch, context, layers, mesh, dtype, kernels, rounds, output, json)
+
+
+def _model(what, model, bits, kv_bits, batch, context, layers, mesh, dtype, kernels, rounds, output, json) -> None:
+    """`decode` and `prefill`: a model for each number of bits, then every case."""
+    import dataclasses
+
+    from jax.errors import JaxRuntimeError
+
+    from ..bench import decode, prefill, timing
     from ..bench.models import MODELS
     from ..sharding import parse_mesh
 
+    module = {"decode": decode, "prefill": prefill}[what]
+    _check("model", [model], list(MODELS))
+    _check("bits", bits, [4, 8, 16])
+    _check("kv-bits", kv_bits, [8, 16])
     devices = None if mesh is None else parse_mesh(mesh)
-    modules = {"decode": decode, "prefill": prefill}
-    for name, value, allowed in (("model", model, MODELS), ("bits", bits, (4, 8, 16)), ("what", what, modules)):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is none of {list(allowed)}.")
-    console = Console(quiet=json)
-    facts: dict = {"environment": environment.environment()}
-    facts["copy_gigabytes_per_second"] = environment.copy_bandwidth(1024 if dtype == "bfloat16" else 128) / 1e9
-    console.print(f"{facts['environment']['device']}, copy {facts['copy_gigabytes_per_second']:.0f} GB/s")
-    with status(f"Making random weights of {model}"):
-        decoder = decode.build(model, bits=bits, dtype=dtype, kernels=kernels, layers=layers, mesh=devices)
-    results = []
-    for rows in batch:
-        for length in context:
+    results: list[dict[str, Any]] = []
+    for weight_bits in bits:
+        with status(f"Making random weights of {model}"):
+            decoder = decode.build(model, bits=weight_bits, dtype=dtype, kernels=kernels, layers=layers, mesh=devices)
+        for cache_bits, rows, length in ((k, b, c) for k in kv_bits for b in batch for c in context):
+            case = {"bits": weight_bits, "kv_bits": cache_bits, "batch": rows, "context": length}
             with status(f"Compiling and measuring {what}, batch {rows}, context {length}"):
-                result = modules[what].measure(
-                    model, decoder, bits=bits, kv_bits=kv_bits, batch=rows, context=length, rounds=rounds, mesh=devices
-                )
-            results.append(dataclasses.asdict(result))
-            console.print(result)
-    facts["layers"] = decoder.config.num_layers
-    facts["results"] = results
+                try:
+                    result = module.measure(model, decoder, **case, rounds=rounds, mesh=devices)
+                    results.append({**dataclasses.asdict(result), "layers": decoder.config.num_layers})
+                except JaxRuntimeError as error:  # usually out of memory; the other cases still run
+                    results.append({"model": model, **case, "failed": str(error).splitlines()[0][:200]})
+        del decoder
+    with status("Measuring a copy"):  # last, so that its arrays are in no peak
+        copy = timing.copy_bandwidth(None if dtype == "bfloat16" else 128) / 1e9
+    for result in results:
+        if "gigabytes_per_second" in result:
+            result["of_copy"] = result["gigabytes_per_second"] / copy
+    _finish(what, results, copy, output, json)
+
+
+def _check(name: str, values: Sequence, allowed: Sequence) -> None:
+    for value in values:
+        if value not in allowed:
+            raise ValueError(f"--{name} {value} is none of {', '.join(map(str, allowed))}.")
+
+
+def _finish(
+    what: str,
+    results: list,
+    copy: float | None,
+    output: Path | None,
+    json: bool,
+    more: Mapping[str, Any] = {},  # noqa: B006
+) -> None:
+    """Prints the table or the JSON, writes the file; exit code 1 where a case failed."""
+    import json as json_module
+
+    from rich.console import Console
+
+    from ..bench import table
+    from ..bench.environment import environment
+
+    facts = {"kind": what, "environment": environment(), "copy_gigabytes_per_second": copy, **more, "results": results}
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json_module.dumps(facts, indent=1) + "\n")
     if json:
-        print(json_module.dumps(facts))
+        print_json(facts)
+    else:
+        head = f"{facts['environment']['device']}, JAX {facts['environment']['jax']}"
+        console = Console(width=None if Console().is_terminal else 200, highlight=False)
+        console.print(head if copy is None else f"{head}, a copy moves {copy:.0f} GB/s")
+        console.print(table.terminal(what, results))
+    if any("failed" in result for result in results):
+        raise typer.Exit(1)
