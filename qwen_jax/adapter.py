@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from converters.peft import Adapter
 from pallas_kernels.dense_matmul import DenseTensor
@@ -50,7 +51,7 @@ def apply(decoder: Decoder, adapter: Adapter, weights, *, dtype: str, kernels: s
             head = new.embedding  # tied: the head stays the base's
         new.embedding = _table(table_VD, dtype, kernels, sharded)
     if head is not None:
-        new.lm_head = head
+        new.lm_head = nnx.data(head)
     return new
 
 

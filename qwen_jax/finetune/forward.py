@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
 from pallas_kernels.dense_matmul import DenseTensor
@@ -104,10 +105,10 @@ def with_saved(decoder: Decoder, parameters, frozen: Frozen) -> Decoder:
     if "embedding" in saved:
         decoder.embedding = _table(embedding, saved["embedding"], frozen.tables["saved"].get("embedding"))
         if tied:
-            decoder.lm_head = embedding  # the head stays the base's
+            decoder.lm_head = nnx.data(embedding)  # the head stays the base's
     if "lm_head" in saved:
         like = embedding if tied else decoder.lm_head
-        decoder.lm_head = _table(like, saved["lm_head"], frozen.tables["saved"].get("lm_head"))
+        decoder.lm_head = nnx.data(_table(like, saved["lm_head"], frozen.tables["saved"].get("lm_head")))
     return decoder
 
 
