@@ -123,43 +123,52 @@ class Consumer:
         """x = the parts of attention [B, H · K], merged in order."""
         plan, K = self.plan, self.plan.head_dim
         threads, count = 32 * plan.warps, plan.batch * plan.heads * K // 4
-        partial, statistics = self.pointers["partial"], self.pointers["statistics"]
         together = min(plan.splits, 8)
-        for round_ in range(-(-count // threads)):
-            index = w.iadd(self.thread, round_ * threads)
-            exists = None if (round_ + 1) * threads <= count else w.less(index, count)
-            index = w.imin(index, count - 1)
-            head, at = w.idiv(index, K // 4), w.imul(w.irem(index, K // 4), 4)  # head of all rows
-            item, query = w.idiv(head, plan.share), w.irem(head, plan.share)
+        rounds = -(-count // threads)
+        at_once = max(1, 16 // together)  # rounds whose loads are in flight at once
+        for first in range(0, rounds, at_once):
+            places = []
+            for round_ in range(first, min(first + at_once, rounds)):
+                index = w.iadd(self.thread, round_ * threads)
+                exists = None if (round_ + 1) * threads <= count else w.less(index, count)
+                index = w.imin(index, count - 1)
+                head, at = w.idiv(index, K // 4), w.imul(w.irem(index, K // 4), 4)  # head of all rows
+                row, column = w.idiv(head, plan.heads), w.iadd(w.imul(w.irem(head, plan.heads), K), at)
+                target = w.iadd(w.imul(row, plan.x_stride), w.imul(column, 2))
+                places.append((head, at, target, exists))
+            if plan.splits <= together:
+                read = [self._read_parts(w.i32(0), together, head, at) for head, at, _, _ in places]
+                merged = [_merged(parts, None) for parts in read]
+            else:
+                merged = []
+                for head, at, _, _ in places:
 
-            def part(begin, carried, item=item, query=query, at=at):
-                read = []
-                for number in range(together):
-                    split = w.imin(w.iadd(begin, number), plan.splits - 1)
-                    row = w.iadd(w.imul(w.iadd(w.imul(item, plan.splits), split), plan.share), query)
-                    facts = [w.as_float(x) for x in d.load_fresh(w.element(statistics, row, 8), 0, 2)]
-                    values = d.load_fresh(w.element(partial, w.iadd(w.imul(row, K), at), 4), 0, 4)
-                    read.append((w.less(w.iadd(begin, number), plan.splits), *facts, [w.as_float(x) for x in values]))
-                top, weight, *values = carried
-                highest = top
-                for _, their_top, _, _ in read:
-                    highest = w.maximum(highest, their_top)
-                ratio = w.exp2(w.sub(top, highest))
-                weight, values = w.mul(weight, ratio), [w.mul(value, ratio) for value in values]
-                for valid, their_top, their_weight, theirs in read:
-                    ratio = w.select(valid, w.exp2(w.sub(their_top, highest)), w.f32(0.0))
-                    weight = w.fma(their_weight, ratio, weight)
-                    values = [w.fma(other, ratio, value) for other, value in zip(theirs, values, strict=True)]
-                return [highest, weight, *values]
+                    def part(begin, carried, head=head, at=at):
+                        return _merged(self._read_parts(begin, together, head, at), carried)
 
-            merged = w.loop(w.i32(plan.splits), together, [w.f32(-3e38), *[w.f32(0.0)] * 5], part)
-            _, weight, *values = merged
-            values = [w.divide(value, weight) for value in values]
-            row, column = w.idiv(head, plan.heads), w.iadd(w.imul(w.irem(head, plan.heads), K), at)
-            where = w.iadd(w.imul(row, plan.x_stride), w.imul(column, 2))
-            words = [w.pack(values[0], values[1], "bf16"), w.pack(values[2], values[3], "bf16")]
-            w.when(exists, lambda where=where, words=words: w.store_words(self.shared["x"], where, words))
+                    start = [w.f32(-3e38), *[w.f32(0.0)] * 5]
+                    merged.append(w.loop(w.i32(plan.splits), together, start, part))
+            for (_, _, target, exists), (_, weight, *values) in zip(places, merged, strict=True):
+                inverse = w.reciprocal(weight)
+                values = [w.mul(value, inverse) for value in values]
+                words = [w.pack(values[0], values[1], "bf16"), w.pack(values[2], values[3], "bf16")]
+                w.when(exists, lambda target=target, words=words: w.store_words(self.shared["x"], target, words))
         self.meet()
+
+    def _read_parts(self, begin, count: int, head, at):
+        """(valid or None, maximum, weight, four channels) of parts of one query head."""
+        plan, K = self.plan, self.plan.head_dim
+        item, query = w.idiv(head, plan.share), w.irem(head, plan.share)
+        found = []
+        for number in range(count):
+            split = w.iadd(begin, number)
+            valid = None if plan.splits <= count else w.less(split, plan.splits)
+            split = w.imin(split, plan.splits - 1)
+            row = w.iadd(w.imul(w.iadd(w.imul(item, plan.splits), split), plan.share), query)
+            facts = d.load_fresh(w.element(self.pointers["statistics"], row, 8), 0, 2)
+            values = d.load_fresh(w.element(self.pointers["partial"], w.iadd(w.imul(row, K), at), 4), 0, 4)
+            found.append((valid, *map(w.as_float, facts), [w.as_float(x) for x in values]))
+        return found
 
     # -- phases ---------------------------------------------------------------------------------------------------
 
@@ -198,3 +207,21 @@ class Consumer:
 
         w.when(w.less(0, count), work)
         return w.iadd(sequence, count)
+
+
+def _merged(parts, carried):
+    """(maximum, weight, four values) of parts of a softmax and what was merged before them."""
+    highest = parts[0][1] if carried is None else carried[0]
+    for _, top, _, _ in parts:
+        highest = w.maximum(highest, top)
+    weight, values = w.f32(0.0), [w.f32(0.0)] * 4
+    if carried is not None:
+        ratio = w.exp2(w.sub(carried[0], highest))
+        weight, values = w.mul(carried[1], ratio), [w.mul(value, ratio) for value in carried[2:]]
+    for valid, top, theirs, channels in parts:
+        ratio = w.exp2(w.sub(top, highest))
+        if valid is not None:
+            ratio = w.select(valid, ratio, w.f32(0.0))
+        weight = w.fma(theirs, ratio, weight)
+        values = [w.fma(channel, ratio, value) for channel, value in zip(channels, values, strict=True)]
+    return [highest, weight, *values]

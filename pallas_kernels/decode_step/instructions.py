@@ -65,6 +65,11 @@ def pick(condition, a, b):
     return arith.select(condition, a, b)
 
 
+def load_volatile(pointer):
+    """A word of shared memory that no compiler knows or moves."""
+    return w.asm("ld.volatile.shared.b32 $0, [$1];", [w.i32_type()], pointer, effects=True)
+
+
 # -- barriers of a block ------------------------------------------------------------------------------------------
 
 
@@ -96,8 +101,12 @@ def barrier_wait(pointer, parity):
 
 
 def bulk_copy(target, source, bytes_, barrier):
-    """Copies contiguous global memory (whole 16 bytes) into shared memory; the barrier counts the bytes."""
-    text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    """Copies contiguous global memory (whole 16 bytes) into shared memory; the barrier counts the bytes.
+
+    Every byte is read once a step: the L2 cache is told to drop it first.
+    """
+    text = "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+    text += "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$0], [$1], $2, [$3], policy; }"
     w.asm(text, [], target, source, bytes_, barrier)
 
 
@@ -121,8 +130,8 @@ def count_up(pointer):
 
 def await_count(pointer, target):
     """Waits until a word of global memory has reached a count."""
-    text = "{.reg .pred p; .reg .u32 v; WAIT: ld.relaxed.gpu.global.u32 v, [$0]; setp.lt.u32 p, v, $1; "
-    w.asm(text + "@p bra WAIT; ld.acquire.gpu.global.u32 v, [$0]; }", [], pointer, target)
+    text = "{.reg .pred p; .reg .u32 v; WAIT: ld.acquire.gpu.global.u32 v, [$0]; setp.lt.u32 p, v, $1; "
+    w.asm(text + "@p bra WAIT; }", [], pointer, target)
 
 
 def store_word(pointer, value):

@@ -28,6 +28,7 @@ def emit(plan: Plan, pointers, shared_base, block):
         for slot in range(plan.slots):
             d.barrier_init(w.offset(shared["full"], 8 * slot), 1)
             d.barrier_init(w.offset(shared["empty"], 8 * slot), 1)
+        w.store_words(shared["zero"], 0, [w.i32(0)])
         d.barriers_ready()
 
     w.when(w.equal(thread, 0), prepare)

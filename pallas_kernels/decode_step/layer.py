@@ -10,7 +10,6 @@ from pallas_kernels.kv_attention import warp as w
 
 def consume(plan: Plan, pointers, shared, block, warp, lane):
     """All layers, from x [B, D] to `hidden` [B, D]."""
-    me = Consumer(plan, pointers, shared, block, warp, lane)
     phases = [name for name in ("qkv", "cache", "output", "gate_up", "down") if name not in plan.skip]
     if plan.biased and plan.table_rows == 1:
         tables = pointers["all_cos"], pointers["all_sin"]
@@ -20,12 +19,13 @@ def consume(plan: Plan, pointers, shared, block, warp, lane):
         [sequence] = carried
         meetings = w.imul(layer, len(phases))
         for number, name in enumerate(phases):
+            me = Consumer(plan, pointers, shared, *_anew(shared, block, warp, lane))
             me.first = number == 0
             sequence = _PHASES[name](me, layer, sequence, w.iadd(meetings, number))
         return [sequence]
 
     w.loop(w.i32(plan.layers), 1, [w.i32(0)], layer_of)
-    me.meet()
+    Consumer(plan, pointers, shared, block, warp, lane).meet()
 
     def leave():  # the last block to leave takes both counters back to zero
         last = plan.blocks - 1
@@ -33,7 +33,14 @@ def consume(plan: Plan, pointers, shared, block, warp, lane):
         before = w.increment_or_wrap(w.offset(pointers["counters"], 4), w.i32(last))
         w.when(w.equal(before, last), lambda: d.store_word(pointers["counters"], w.i32(0)))
 
-    w.when(w.equal(me.thread, 0), leave)
+    w.when(w.both(w.equal(warp, 0), w.equal(lane, 0)), leave)
+
+
+def _anew(shared, *values):
+    """The same values, as if just found: a compiler that knew them would keep what follows from them for all phases."""
+    zero = d.load_volatile(shared["zero"])
+    block, warp, lane = values
+    return w.iadd(block, zero), w.broadcast(w.iadd(warp, zero), 0), w.iadd(lane, zero)
 
 
 def _source(me: Consumer, layer):

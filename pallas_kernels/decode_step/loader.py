@@ -169,10 +169,12 @@ def load(plan: Plan, pointers, shared, loader, lane, block):
         for name in ("qkv", "cache", "output", "gate_up", "down"):
             if name in plan.skip:
                 continue
+            zero = d.load_volatile(shared["zero"])  # see layer._anew
+            who = w.iadd(loader, zero), w.iadd(lane, zero), w.iadd(block, zero)
             if name == "cache":
-                sequence = load_cache(plan, pointers, ring, loader, lane, block, layer, sequence)
+                sequence = load_cache(plan, pointers, ring, *who, layer, sequence)
             else:
-                sequence = load_matrix(plan, plan.matrix(name), pointers, ring, loader, lane, block, layer, sequence)
+                sequence = load_matrix(plan, plan.matrix(name), pointers, ring, *who, layer, sequence)
         return [sequence]
 
     w.loop(w.i32(plan.layers), 1, [w.i32(0)], layer_of)

@@ -67,9 +67,11 @@ def tile(plan: Plan, matrix: Matrix, x, slot, extra, lane, depth, sums):
                     minus = [
                         w.sub(w.f32(-offset), d.float_of_byte(extra, w.iadd(g, zero + 8 * high))) for high in range(2)
                     ]
-                total = [w.mul(value, minus[index // 2]) for index, value in enumerate(x_sums[group])]
+                total = [w.f32(0.0)] * 4
                 for step in range(group * steps, (group + 1) * steps):
                     total = w.mma(total, encoded(words[step], bits), operand[step], "bf16")
+                # Added last, so that no product waits for the sums of x.
+                total = [w.fma(x, minus[i // 2], y) for i, (x, y) in enumerate(zip(x_sums[group], total, strict=True))]
                 for high in range(2):
                     where = w.iadd(w.imul(g, 2), place + 16 * high)
                     scale = w.load_float_of(extra, where, matrix.scale_dtype)

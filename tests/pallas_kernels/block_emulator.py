@@ -432,6 +432,10 @@ def pick(condition, a, b):
     return Pointer(memory, np.where(condition, a.at, b.at))
 
 
+def load_volatile(pointer):
+    return load_words(pointer, 0, 1)[0]
+
+
 def _barrier(pointer):
     lane = np.flatnonzero(_on())[0]
     return _here.warp.facts["barriers"], int(pointer.at[lane])
