@@ -15,7 +15,7 @@ def choose_model(name: str, *, stand_in: Literal["int4", "float"] = "int4") -> s
 
     Args:
         name: Hub id or folder; "SmolLM2" asks for the stand-in itself.
-        stand_in: SmolLM2 in 4 bits (groups of 64, rounded to nearest), or in float16.
+        stand_in: SmolLM2 in 4 bits (groups of 64), or in float16.
 
     Returns:
         What `from_pretrained` takes.

@@ -19,6 +19,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from qwen_jax.cli import _pass_over_absent_tpu
+
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "notebooks"
 CELL_SECONDS = 600
 
@@ -62,6 +64,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="notebooks, as 01_chat; default: all")
     parser.add_argument("--output", type=pathlib.Path, default=FOLDER, help="where to write them; default: in place")
     arguments = parser.parse_args()
+    _pass_over_absent_tpu()  # kernels inherit the environment
     failed = 0
     for name in arguments.names or sorted(path.stem for path in FOLDER.glob("*.ipynb")):
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)

@@ -7,8 +7,14 @@ import pytest
 
 from qwen_jax import QwenForCausalLM, notebook
 from qwen_jax.demo.checkpoints import demo_checkpoints
+from tests import demo_run
 
 HUB_ID = "Qwen/Qwen2.5-1.5B-Instruct-GPTQ-Int4"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def demo_is_made():
+    demo_run.first_run()
 
 
 @pytest.fixture
