@@ -6,6 +6,7 @@ Rows of a batch lie on "data", padded with copies of the last where they do not 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.block_sums import compiler_options
 from pallas_kernels.chip import default_chip
 from pallas_kernels.kv_attention import KVArrays
-from qwen_jax import generation
+from qwen_jax import distributed, generation
 from qwen_jax.generation import Chunk, Loop, Programs
 from qwen_jax.kv_cache import CacheState
 from qwen_jax.model import Decoder
@@ -77,24 +78,32 @@ class ShardedPrograms(Programs):
 
     def score(self, ids_BT, lengths_B):
         """See `Programs.score`."""
-        logits = self._score(self._leaves, self._rows(ids_BT), self._rows(lengths_B))
-        return self._whole(logits, rows=len(lengths_B))
+        with distributed.step("scoring"):
+            logits = self._score(self._leaves, self._rows(ids_BT), self._rows(lengths_B))
+            return self._finished(self._whole(logits, rows=len(lengths_B)))
 
     def prefill(self, ids_BT, lengths_B, cache: CacheState):
         """See `Programs.prefill`."""
-        logits, cache = self._read(ids_BT, lengths_B, cache)
-        return self._whole(logits, rows=len(lengths_B)), cache
+        with distributed.step("reading the prompt"):
+            logits, cache = self._read(ids_BT, lengths_B, cache)
+            return self._finished(self._whole(logits, rows=len(lengths_B))), cache
 
     def decode(self, token_B, cache: CacheState, active_length: int):
         """See `Programs.decode`."""
-        logits, cache = self._decode(self._leaves, self._rows(token_B), cache=cache, active_length=active_length)
-        return self._whole(logits, rows=len(token_B)), cache
+        with distributed.step("decoding"):
+            logits, cache = self._decode(self._leaves, self._rows(token_B), cache=cache, active_length=active_length)
+            return self._finished(self._whole(logits, rows=len(token_B))), cache
 
     def stream(self, ids_BT, lengths_B, cache, sampling, seed_B, *arguments, **options):
         """See `Programs.stream`."""
         rows = len(lengths_B)
         ids_BT, lengths_B, seed_B = (self._pad(array) for array in (ids_BT, lengths_B, seed_B))
-        for chunk in super().stream(ids_BT, lengths_B, cache, sampling, seed_B, *arguments, **options):
+        chunks = super().stream(ids_BT, lengths_B, cache, sampling, seed_B, *arguments, **options)
+        for number in itertools.count():
+            with distributed.step(f"decoding, chunk {number}" if number else "reading the prompt"):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
             parts = {field.name: getattr(chunk, field.name) for field in dataclasses.fields(chunk)}
             kept: dict[str, Any] = {name: None if part is None else part[:rows] for name, part in parts.items()}
             yield Chunk(**kept)
@@ -107,6 +116,10 @@ class ShardedPrograms(Programs):
     def _place(self, sampler: Sampler, seen_BV):
         seen_BV = None if seen_BV is None else self.placement.rows(seen_BV, ("batch", "vocabulary"))
         return sampler._replace(seed_B=self._rows(sampler.seed_B)), seen_BV
+
+    def _finished(self, logits):
+        """With several processes a step is over when its result is there: see `distributed.step`."""
+        return jax.block_until_ready(logits) if jax.process_count() > 1 else logits
 
     def _pad(self, array) -> np.ndarray:
         """Rows for every device: the last one repeated."""

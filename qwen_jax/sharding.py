@@ -273,6 +273,8 @@ class Placement:
         here = [(place[along], device) for place, device in np.ndenumerate(mesh.devices)]
         process = jax.process_index()
         self._devices = [(number, device) for number, device in here if device.process_index == process]
+        if not self._devices:
+            raise ValueError(f"mesh: no device of process {process}, expected some of every process's.")
         self.numbers = sorted({number for number, _ in self._devices})
 
     def sharding(self, names: Sequence[str]) -> NamedSharding:
