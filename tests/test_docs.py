@@ -150,7 +150,7 @@ def clone(line):
 
 CHECKS = (make_target, pip_install, script, clone)
 # Run by tests of their own, or they wait for a network, a person or a GPU; here their arguments are checked.
-PARSED = {"demo", "bench", "serve", "finetune", "--install-completion"}
+PARSED = {"demo", "bench", "serve", "--install-completion"}
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -174,8 +174,7 @@ class TrainingPrograms:
         if placement is not None:
             base = jax.random.fold_in(base, lax.axis_index(DATA))
 
-        def one(carry, numbered):
-            number, batch = numbered
+        def one(number, batch):
             rate = self.settings.dropout
             dropout = Dropout(rate, jax.random.fold_in(base, number)) if rate else None
 
@@ -185,17 +184,17 @@ class TrainingPrograms:
                 return total / part, (total, count)
 
             grads, (total, count) = jax.grad(loss, has_aux=True)(tree)
-            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+            return total, count, grads
 
-        zero = jnp.zeros((), jnp.float32)
-        start = (zero, zero, jax.tree.map(jnp.zeros_like, tree))
         accumulations = batch.ids.shape[0]
         if accumulations == 1:
-            numbered = (jnp.zeros((), jnp.int32), jax.tree.map(lambda array: array[0], batch))
-            total, count, grads = one(start, numbered)[0]
+            total, count, grads = one(0, jax.tree.map(lambda array: array[0], batch))
         else:
-            numbers = jnp.arange(accumulations, dtype=jnp.int32)
-            (total, count, grads), _ = lax.scan(one, start, (numbers, batch))
+            zero = jnp.zeros((), jnp.float32)
+            start = (zero, zero, jax.tree.map(jnp.zeros_like, tree))
+            numbered = (jnp.arange(accumulations, dtype=jnp.int32), batch)
+            add = lambda carry, each: (jax.tree.map(jnp.add, carry, one(*each)), None)  # noqa: E731
+            (total, count, grads), _ = lax.scan(add, start, numbered)
         if placement is not None:
             total, count = lax.psum((total, count), DATA)
             grads = jax.tree.map(functools.partial(lax.psum, axis_name=(DATA, MODEL)), grads)

@@ -1,0 +1,153 @@
+"""Fine-tuning at a model's dimensions with random packed weights: tokens/s and peak memory of the training step.
+
+    python benchmarks/finetune.py --model qwen-7b --rank 64 --rows 4 --length 1024 --output finetune_h100.json
+
+One conversation a row (cuDNN's attention on a GPU); --packing lays four a row, kept apart. --peer runs PEFT's Q-LoRA
+(4-bit NF4 of bitsandbytes) at the same dimensions instead, where PyTorch, transformers, peft and bitsandbytes are
+installed. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+
+
+def ours(arguments) -> dict:
+    import jax
+
+    from qwen_jax.bench.environment import environment
+    from qwen_jax.bench.models import MODELS
+    from qwen_jax.bench.random_weights import RandomWeights
+    from qwen_jax.finetune import FinetuneSettings, parameters
+    from qwen_jax.finetune.programs import TrainingPrograms
+    from qwen_jax.finetune.rows import Batch
+    from qwen_jax.memory import device_peak
+    from qwen_jax.model import Decoder
+
+    config = MODELS[arguments.model]
+    dtype = arguments.dtype
+    weights = RandomWeights(config, bits=arguments.bits, group_size=arguments.group_size, dtype=dtype)
+    decoder = Decoder(config, weights, dtype=dtype)
+    settings = FinetuneSettings(rank=arguments.rank, alpha=16, batch_size=arguments.rows, length=arguments.length)
+    template = parameters.initial(config, decoder, weights, settings)
+    tree, scales = parameters.from_adapter(template, decoder)
+    programs = TrainingPrograms(decoder, weights, tree, scales, settings, arguments.steps)
+    state = programs.start(tree)
+    loaded = device_peak()
+    shape = (1, arguments.rows, arguments.length)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config.vocab_size, shape).astype(np.int32)
+    part = arguments.length // 4 if arguments.packing else arguments.length
+    position = np.arange(arguments.length, dtype=np.int32)
+    segments = np.broadcast_to(position // part + 1, shape).astype(np.int32) if arguments.packing else None
+    lengths = np.full(shape[:2], arguments.length, np.int32)
+    batch = Batch(ids, np.roll(ids, -1, -1), np.broadcast_to(position % part, shape), segments, lengths)
+    batch = jax.device_put(batch)
+    seconds, losses = [], []
+    for _ in range(arguments.steps):
+        start = time.perf_counter()
+        state, metrics = programs.step(state, batch)
+        losses.append(float(metrics.loss))
+        seconds.append(time.perf_counter() - start)
+    best = statistics.median(seconds[2:] or seconds)
+    return {
+        **environment(),
+        "command": "python benchmarks/finetune.py",
+        "model": arguments.model,
+        "bits": arguments.bits,
+        "rank": arguments.rank,
+        "trained": parameters.size(state.parameters),
+        "rows": arguments.rows,
+        "length": arguments.length,
+        "packing": arguments.packing,
+        "dtype": dtype,
+        "first_step_seconds": round(seconds[0], 2),
+        "step_seconds": round(best, 4),
+        "tokens_per_second": round(arguments.rows * arguments.length / best, 1),
+        "peak_bytes_before_the_first_step": loaded,
+        "peak_bytes": device_peak(),
+        "losses": [round(loss, 4) for loss in losses],
+    }
+
+
+def peer(arguments) -> dict:
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
+
+    from qwen_jax.bench.models import MODELS
+
+    config = MODELS[arguments.model]
+    theirs = Qwen2Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    folder = arguments.peer_folder
+    AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}
+    )
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(r=arguments.rank, lora_alpha=16, target_modules=names))
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=2e-4)
+    ids = torch.randint(0, config.vocab_size, (arguments.rows, arguments.length), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(arguments.steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    best = statistics.median(seconds[2:] or seconds)
+    return {
+        "peer": "PEFT Q-LoRA, bitsandbytes NF4",
+        "device": torch.cuda.get_device_name(),
+        "model": arguments.model,
+        "step_seconds": round(best, 4),
+        "tokens_per_second": round(arguments.rows * arguments.length / best, 1),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="qwen-7b")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--peer-folder", default="peer-model")
+    parser.add_argument("--output")
+    arguments = parser.parse_args()
+    result = (peer if arguments.peer else ours)(arguments)
+    if arguments.output:
+        with open(arguments.output, "w") as file:
+            json.dump(result, file, indent=2)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
