@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -99,3 +100,24 @@ def test_ctrl_c(tmp_path):
     os.killpg(terminal.process.pid, signal.SIGINT)
     rest = terminal.rest()
     assert terminal.close() == 130 and "Traceback" not in rest
+
+
+def test_an_interruption_in_a_callback_is_not_lost():
+    code = (
+        "import gc, os, signal, sys, time, types\n"
+        "import qwen_jax.cli\n"
+        "from qwen_jax import __main__\n"
+        "def interrupt(*args):\n"
+        "    gc.callbacks.clear()\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.01)\n"
+        "def command():\n"
+        "    gc.callbacks.append(interrupt)\n"
+        "    gc.collect()\n"
+        "    time.sleep(20)\n"
+        "qwen_jax.cli.main = command\n"
+        "__main__.main()"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "" and time.monotonic() - start < 15
