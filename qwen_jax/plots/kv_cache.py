@@ -1,6 +1,7 @@
 """Memory and speed of 16-bit and 8-bit KV caches: upstream's tables beside our arithmetic, and measurements here."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -54,7 +55,7 @@ def published_cache_memory() -> Figure:
         by_length.set(title="Qwen-7B by length, batch 1", ylim=(0, 26))
         counts(by_batch, QWEN_7B_BY_BATCH["batch"], "rows of the batch")
         counts(by_length, QWEN_7B_BY_LENGTH["length"], "tokens in the cache")
-        legend = {
+        legend: dict[str, Any] = {
             "upstream, measured: BF16 weights, 16-bit cache": ("s", BLUE, "--", "white"),
             "upstream, measured: BF16 weights, 8-bit cache": ("o", ORANGE, "--", "white"),
             "": ("", "none", "", "none"),
@@ -99,7 +100,7 @@ def cache_measurements(model, results: Sequence[DecodeResult], source: str) -> F
             token = bytes_per_token(model.config, model.dtype, quantized)
             by_batch = sorted((r for r in own if r.context == fixed_length), key=lambda r: r.batch)
             by_length = sorted((r for r in own if r.batch == fixed_batch), key=lambda r: r.context)
-            line = {"color": color, "marker": marker, "label": names[quantized]}
+            line: Any = {"color": color, "marker": marker, "label": names[quantized]}
             for axis, part, x in (
                 (memory_batch, by_batch, "batch"),
                 (memory_length, by_length, "context"),

@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 GREY, INK = "#7F7F7F", "#222222"
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "figure.dpi": 130,
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
@@ -31,7 +31,7 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY]),
+    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY]),
     "grid.color": "#E3E3E3",
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.8,
