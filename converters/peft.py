@@ -181,7 +181,6 @@ def write_files(folder: Path, adapter: Adapter, config: ModelConfig, **settings)
     for path, array in adapter.saved.items():
         name = names.theirs(config.family, path)  # PEFT leaves "modules_to_save.default" out of the file
         tensors[f"{PREFIX}{name}.weight"] = np.ascontiguousarray(array, np.float32)
-    saved = sorted({names.theirs(config.family, path).rpartition(".")[2] for path in adapter.saved})
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -192,7 +191,7 @@ def write_files(folder: Path, adapter: Adapter, config: ModelConfig, **settings)
         "use_rslora": settings["rslora"],
         "use_dora": False,
         "target_modules": sorted(settings["targets"]),
-        "modules_to_save": saved or None,
+        "modules_to_save": _saved_names(adapter, config) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -243,21 +242,28 @@ def target_names(config: ModelConfig) -> list[str]:
 
 
 def savable(config: ModelConfig, wanted: list[str]) -> list[str]:
-    """Our paths of the modules named in `modules_to_save`: embedding, head and norms by the family's own names.
+    """Our paths of embedding, head and norms whose full name ends with one of `wanted`, as PEFT's modules_to_save.
+
+    "lm_head" is one module, "input_layernorm" one of each layer, "norm" every norm, "model.norm" the last alone.
 
     Raises:
-        ValueError: for a name that is none of these.
+        ValueError: for a name that none of these ends with.
     """
-    paths = ["embedding", "lm_head", *names.vectors(config)]
-    by_name: dict[str, list[str]] = {}
-    for path in paths:
-        by_name.setdefault(names.theirs(config.family, path).rpartition(".")[2], []).append(path)
+    full = {path: names.theirs(config.family, path) for path in ("embedding", "lm_head", *names.vectors(config))}
     for name in wanted:
-        if name not in by_name:
+        if not any(each.endswith(name) for each in full.values()):
+            ends = sorted({each.rpartition(".")[2] for each in full.values()})
             raise ValueError(
-                f"modules_to_save: {name!r} is none of {sorted(by_name)}; the projections learn through target modules."
+                f"modules_to_save: {name!r} is the end of none of {ends}; the projections learn through target modules."
             )
-    return [path for name in wanted for path in by_name[name]]
+    return [path for path, each in full.items() if each.endswith(tuple(wanted))]
+
+
+def _saved_names(adapter: Adapter, config: ModelConfig) -> list[str]:
+    """`modules_to_save` with which PEFT, which compares ends of names, finds what is in the file and no more."""
+    full = sorted(names.theirs(config.family, path) for path in adapter.saved)
+    short = sorted({name.rpartition(".")[2] for name in full})
+    return short if len(savable(config, short)) == len(full) else full
 
 
 def _settings(folder: Path) -> dict[str, Any]:

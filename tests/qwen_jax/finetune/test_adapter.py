@@ -98,9 +98,11 @@ def test_targets_are_each_family_s_own_names():
     assert {"layers.0.attention.output", "layers.0.mlp.down"} <= set(both)
     with pytest.raises(ValueError, match="target modules: 'q_proj' is no projection of a qwen model, expected some of"):
         peft.chosen(v1, ["q_proj"])
-    with pytest.raises(ValueError, match="modules_to_save: 'q_proj' is none of"):
+    with pytest.raises(ValueError, match="modules_to_save: 'q_proj' is the end of none of"):
         peft.savable(CONFIG, ["q_proj"])
-    assert peft.savable(CONFIG, ["norm"]) == ["final_norm.scale"]
+    # PEFT compares ends of names, so that "norm" is every norm
+    assert peft.savable(CONFIG, ["model.norm"]) == ["final_norm.scale"]
+    assert {"final_norm.scale", "layers.0.mlp_norm.scale"} < set(peft.savable(CONFIG, ["norm"]))
 
 
 @pytest.mark.parametrize(

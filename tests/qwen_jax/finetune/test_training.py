@@ -101,7 +101,7 @@ def test_a_mesh_has_the_same_gradients(case, shape):
     check_gradients(run, run.adapter(gradients), golden)
 
 
-SAVED = ("embed_tokens", "lm_head", "norm", "input_layernorm")
+SAVED = ("embed_tokens", "lm_head", "model.norm", "input_layernorm")
 
 
 @pytest.mark.parametrize("shape", [None, (1, 2)])
