@@ -159,9 +159,10 @@ def test_examples_of_help_are_parsed(command):
 
     module = importlib.import_module(f"qwen_jax.commands.{command}")
     for line in commands(module.EXAMPLES):
-        words = shlex.split(re.sub(r"^echo .*?\| ", "", line).partition(" | ")[0])
-        assert words[0] == "qwen-jax", line
-        parse(words[1:])
+        # after what starts it (echo … |, srun …) and before what takes its output
+        found = re.search(r"\bqwen-jax (.*)", line.removesuffix(" &"))
+        assert found, line
+        parse(shlex.split(found[1].partition(" | ")[0]))
 
 
 @pytest.mark.parametrize(
