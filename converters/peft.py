@@ -314,8 +314,8 @@ def _low_rank(folder: Path, name: str, parts: dict[str, StoredTensor], shape: tu
     alpha = _pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"])
     _check(folder, parts["A"], (rank, shape[0]))
     _check(folder, parts["B"], (shape[1], rank))
-    arrays = (parts[half].read().astype(np.float32) for half in "AB")
-    return LowRank(*arrays, scale(alpha, rank, bool(settings.get("use_rslora"))))
+    a_RI, b_OR = (parts[half].read().astype(np.float32) for half in "AB")
+    return LowRank(a_RI, b_OR, scale(alpha, rank, bool(settings.get("use_rslora"))))
 
 
 def _pattern(patterns: Mapping[str, Any] | None, name: str, default):

@@ -69,16 +69,16 @@ class AdaptedLinear(nnx.Module):
         y = self.base(x, layer, out_dtype)
         a, bs = (_one(array, layer) for array in (self.a, self.b))
         ranks = [b.shape[-2] for b in bs]
-        parallel = isinstance(self.base, RowParallelLinear)
-        if self.rate == 0:
+        axis = self.base.axis if isinstance(self.base, RowParallelLinear) else None
+        if self.key is None:
             hidden = _split(_dot(x, a), ranks)
         else:
-            key = jax.random.fold_in(self.key, lax.axis_index(self.base.axis)) if parallel else self.key
+            key = self.key if axis is None else jax.random.fold_in(self.key, lax.axis_index(axis))
             keys = jax.random.split(key, len(ranks))
             dropped = [_drop(x, key, self.rate) for key in keys]
             hidden = [_dot(part, a) for part, a in zip(dropped, _split(a, ranks), strict=True)]
-        if parallel:  # each device has multiplied its own inputs
-            hidden = lax.psum(hidden, self.base.axis)
+        if axis is not None:  # each device has multiplied its own inputs
+            hidden = lax.psum(hidden, axis)
         pieces, column = [], 0
         for start, low, b in zip(self.starts, hidden, bs, strict=True):
             pieces.append(y[..., column:start])

@@ -106,10 +106,10 @@ def _placed(arrays, module: str, layers: range, block, sharded: ShardedWeights |
     put = sharded.placement.put
 
     def every(array, which: int, axis: int, number: int):
-        pieces = [
-            layer if cuts[n][which] is None else cut(layer, cuts[n][which][number], axis)
-            for n, layer in enumerate(array)
-        ]
+        pieces = []
+        for layer, both in zip(array, cuts, strict=True):
+            table = both[which]
+            pieces.append(layer if table is None else cut(layer, table[number], axis))
         return np.stack(pieces).astype(jnp.dtype(dtype))
 
     fused = module.partition(".")[0] == "attention"

@@ -97,7 +97,8 @@ def _rows(weight: QuantizedTensor, start, rows: int, aligned: bool) -> Quantized
     else:
         size, group_I = 1, (start + jnp.arange(rows, dtype=jnp.int32)) // weight.group_size
         parts = tuple(None if array is None else array[group_I] for array in (weight.scales, weight.zeros))
-    return QuantizedTensor(packed, *parts, None, weight.bits, size, rows)
+    scales, zeros = parts
+    return QuantizedTensor(packed, scales, zeros, None, weight.bits, size, rows)
 
 
 def _one(weight: QuantizedTensor, layer) -> QuantizedTensor:

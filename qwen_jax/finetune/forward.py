@@ -99,15 +99,15 @@ def with_saved(decoder: Decoder, parameters, frozen: Frozen) -> Decoder:
     if not any(path in saved for path in ("embedding", "lm_head", "final_norm.scale")):
         return decoder
     decoder = jax.tree.map(lambda leaf: leaf, decoder)
-    embedding, tied = decoder.embedding, decoder.lm_head is None
+    embedding, head = decoder.embedding, decoder.lm_head
     if "final_norm.scale" in saved:
         decoder.final_norm.scale = saved["final_norm.scale"]
     if "embedding" in saved:
         decoder.embedding = _table(embedding, saved["embedding"], frozen.tables["saved"].get("embedding"))
-        if tied:
+        if head is None:
             decoder.lm_head = nnx.data(embedding)  # the head stays the base's
     if "lm_head" in saved:
-        like = embedding if tied else decoder.lm_head
+        like = embedding if head is None else head
         decoder.lm_head = nnx.data(_table(like, saved["lm_head"], frozen.tables["saved"].get("lm_head")))
     return decoder
 

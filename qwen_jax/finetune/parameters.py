@@ -110,7 +110,8 @@ def tables(parameters: Tree, decoder: Decoder, weights) -> tuple[Tree, Tree]:
             layers = range(block.first, block.first + block.count)
             cuts = [weights.low_rank_cuts(f"layers.{layer}.{module}") for layer in layers]
             kind = "rows" if cuts[0][0] is not None else "columns"
-            index_LNI = np.stack([rows if kind == "rows" else columns for rows, columns in cuts]).astype(np.int32)
+            chosen = (rows if columns is None else columns for rows, columns in cuts)
+            index_LNI = np.stack([table for table in chosen if table is not None]).astype(np.int32)
             names = ("layers", "heads" if module.startswith("attention") else "mlp")
             table = put(lambda device, index=index_LNI: index[:, device], names)
             found["terms"][str(number)][module] = {kind: table}

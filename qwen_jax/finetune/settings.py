@@ -73,7 +73,7 @@ class FinetuneSettings:
             ValueError: names the field, what was found and what was expected.
         """
         counts = ("rank", "epochs", "batch_size", "accumulate", "save_every", "keep")
-        least: dict[str, float] = dict.fromkeys(counts, 1) | {"length": 2, "warmup": 0, "weight_decay": 0, "clip": 0}
+        least = dict.fromkeys(counts, 1) | {"length": 2, "warmup": 0, "weight_decay": 0, "clip": 0}
         for name, limit in least.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {limit}.")
