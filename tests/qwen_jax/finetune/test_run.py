@@ -18,7 +18,7 @@ from tests.successor import write_successor
 
 SMALL = GOLDEN / "qwen2-int4-per-channel"
 SETTINGS = FinetuneSettings(
-    rank=4, learning_rate=1e-2, epochs=3, batch_size=2, length=32, save_every=2, keep=2, dropout=0.1, weight_decay=0.01
+    rank=4, learning_rate=1e-2, epochs=2, batch_size=2, length=32, save_every=2, keep=2, dropout=0.1, weight_decay=0.01
 )
 
 

@@ -90,7 +90,7 @@ def test_six_steps_are_peft_s(case):
     assert before == after  # every packed array, scale, norm
 
 
-@pytest.mark.parametrize(("case", "shape"), [(SMALL, (1, 3)), ("qwen2-int4-g64-actorder-asym", (2, 4))])
+@pytest.mark.parametrize(("case", "shape"), [("qwen2-int4-g64-actorder-asym", (2, 3))])
 def test_a_mesh_has_the_same_gradients(case, shape):
     folder = GOLDEN / case
     mesh = jax.make_mesh(shape, ("data", "model"), devices=jax.devices()[: shape[0] * shape[1]])
@@ -178,12 +178,12 @@ def test_dropout_is_drawn_anew_each_step_and_the_same_again():
     folder = GOLDEN / SMALL
     batch = golden_batch(folder)
     run = Run(folder / "quantized", folder / "lora" / "adapter", dropout=0.5, learning_rate=1e-30)
+    again = run.programs.start(jax.tree.map(np.array, run.state.parameters))
     losses = []
     for _ in range(2):
         run.state, metrics = run.programs.step(run.state, batch)
         losses.append(float(metrics.loss))
-    again = Run(folder / "quantized", folder / "lora" / "adapter", dropout=0.5, learning_rate=1e-30)
-    _, metrics = again.programs.step(again.state, batch)
+    _, metrics = run.programs.step(again, batch)
     assert losses[0] == float(metrics.loss) and losses[0] != losses[1]
 
 
