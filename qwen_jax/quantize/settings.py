@@ -57,7 +57,10 @@ class QuantizeSettings:
         self.parsed()
 
     def json(self) -> dict[str, Any]:
-        """quantize_config.json, or config.json's section: what AutoGPTQ 0.7.1 writes, and more where it is needed."""
+        """quantize_config.json, or config.json's section: what AutoGPTQ 0.7.1 writes, and more where it is needed.
+
+        But for `is_marlin_format`, which AutoGPTQ takes for false where it is absent and GPTQModel 7.7 refuses.
+        """
         if self.format == "compressed-tensors":
             return self._compressed_tensors()
         settings: dict[str, Any] = {
@@ -70,7 +73,6 @@ class QuantizeSettings:
             "true_sequential": True,
             "model_name_or_path": None,
             "model_file_base_name": "model",
-            "is_marlin_format": False,
             "quant_method": "gptq",
             "checkpoint_format": self.format,
         }
