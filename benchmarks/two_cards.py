@@ -3,17 +3,24 @@
     XLA_PYTHON_CLIENT_MEM_FRACTION=.93 python benchmarks/two_cards.py --output result.json
 
 Weights are random: two layers made on the host, repeated on the device to the model's depth, the same numbers on one
-card and on two, so that greedy tokens can be compared. All programs compile in threads before anything is timed; rows
-are printed as they are measured, so that a run that is cut short keeps what it had.
+card and on two, so that greedy tokens can be compared. All programs compile in threads before anything is timed. The
+work is done by a process of its own, which is killed when it says nothing for too long (a collective that hangs): rows
+are printed and written as they are measured, so that the others are kept.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import functools
 import json
+import queue
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -38,30 +45,36 @@ HOST_LAYERS = 2  # made on the host, then repeated
 STEPS, ROUNDS = 16, 4
 ROWS = """
 qwen-72b 4 decode 1 1x2
-qwen-72b 4 decode 1 1x1
-qwen-7b 4 decode 1 1x2
-qwen-7b 4 decode 1 1x1
-qwen-7b 4 decode 32 1x1
-qwen-7b 4 decode 32 1x2
-qwen-14b 4 decode 32 1x1
+qwen-72b 4 decode 8 1x2
 qwen-72b 4 prefill 1 1x2
+qwen-72b 4 decode 1 1x1
+qwen-72b 4 decode 8 1x1
 qwen-72b 4 prefill 1 1x1
-qwen-14b 4 decode 32 1x2
-qwen-14b 4 decode 1 1x2
-qwen-14b 4 decode 1 1x1
+qwen-7b 4 decode 1 1x2
 qwen-7b 4 decode 8 1x2
+qwen-7b 4 decode 32 1x2
+qwen-7b 4 decode 1 1x1
 qwen-7b 4 decode 8 1x1
+qwen-7b 4 decode 32 1x1
+qwen2.5-72b 4 decode 32 1x2
+qwen2.5-72b 4 decode 32 1x1
 qwen-72b 8 decode 1 1x2
-"""
+qwen-14b 4 decode 1 1x2
+qwen-14b 4 decode 8 1x2
+qwen-14b 4 decode 32 1x2
+qwen-14b 4 decode 1 1x1
+qwen-14b 4 decode 8 1x1
+qwen-14b 4 decode 32 1x1
+"""  # the cache of qwen-72b, batch 32, is larger than a card: qwen2.5-72b stands there
+REDUCTIONS = re.compile("all-?reduce|psum|nccl", re.IGNORECASE)
 
 
 class Tables(RandomCheckpoint):
     """Token tables whose rows repeat: whole ones take the host seconds."""
 
-    def read(self, path: str) -> Module:
-        """See `Checkpoint.read`."""
+    def _whole(self, path: str) -> Module:
         if path not in ("embedding", "lm_head"):
-            return super().read(path)
+            return super()._whole(path)
         spec = self.spec(path)
         part = self._rng(path).standard_normal((4096, spec.in_features), np.float32) / np.sqrt(spec.in_features)
         repeats = -(-spec.out_features // 4096)
@@ -92,25 +105,34 @@ class Model:
         [block] = decoder.blocks
         block.count = layers
         self.programs = programs_of(decoder, self.mesh)
-        self.shallow, self.repeats = self.programs._leaves, layers // HOST_LAYERS
+        leaves, self.repeats = self.programs._leaves, layers // HOST_LAYERS
+        self.shardings = [leaf.sharding for leaf in leaves]
+        # On the host until its turn: the models side by side would fill a card.
+        self.shallow = [np.asarray(leaf) for leaf in leaves]
+        self.programs._leaves = None
 
     def abstract(self) -> list[jax.ShapeDtypeStruct]:
         """The leaves at full depth, without memory."""
         return [
-            jax.ShapeDtypeStruct((self._depth(leaf), *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
-            for leaf in self.shallow
+            jax.ShapeDtypeStruct((self._depth(leaf), *leaf.shape[1:]), leaf.dtype, sharding=sharding)
+            for leaf, sharding in zip(self.shallow, self.shardings, strict=True)
         ]
 
     def deepen(self) -> list[jax.Array]:
         """The leaves at full depth."""
-        return [leaf if self._depth(leaf) == leaf.shape[0] else self._repeat(leaf) for leaf in self.shallow]
+        return [
+            self._repeat(jax.device_put(leaf, sharding), self._depth(leaf) // leaf.shape[0], sharding)
+            for leaf, sharding in zip(self.shallow, self.shardings, strict=True)
+        ]
 
     def _depth(self, leaf) -> int:
         return leaf.shape[0] * (self.repeats if leaf.shape[0] == HOST_LAYERS else 1)
 
-    def _repeat(self, leaf):
-        tile = functools.partial(jnp.tile, reps=(self.repeats, *[1] * (leaf.ndim - 1)))
-        return jax.jit(tile, out_shardings=leaf.sharding)(leaf)
+    def _repeat(self, leaf, repeats: int, sharding):
+        if repeats == 1:
+            return leaf
+        tile = functools.partial(jnp.tile, reps=(repeats, *[1] * (leaf.ndim - 1)))
+        return jax.jit(tile, out_shardings=sharding)(leaf)
 
     def rows(self, array) -> jax.Array:
         """An array of the batch where the programs want it."""
@@ -127,10 +149,10 @@ class Decode:
         self.filters = device_sampler(SamplingConfig(), np.zeros(batch))[1]
         self.rules = Rules(np.asarray([-1], np.int32), np.int32(0))
 
-    def loop(self, length: int, noisy: bool) -> Loop:
+    def loop(self, length: int, noisy: bool, room: int | None = None) -> Loop:
         """A loop that starts at `length`."""
         model, rows = self.model, self.model.rows
-        cache = model.programs.empty_cache(self.batch, self.room, "bfloat16", True)
+        cache = model.programs.empty_cache(self.batch, room or self.room, "bfloat16", True)
         kv = _noise(cache.kv, model.mesh) if noisy else cache.kv
         cache = dataclasses.replace(cache, kv=kv, lengths_B=rows(np.full(self.batch, length, np.int32)))
         values = (np.int32(1), False, np.int32(0), np.int32(-1))
@@ -142,9 +164,7 @@ class Decode:
         chunk, static = self.model.programs._chunk, ()
         if isinstance(chunk, functools.partial):
             chunk, static = chunk.func, chunk.args
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.loop(0, False)
-        )
+        abstract = shapes(functools.partial(self.loop, 0, False), self.loop(0, False, 1))
         run = dict(filters=self.filters, logprobs=False, steps=STEPS, active_length=self.room)
         arguments = (*static, self.model.abstract(), self.sampler, self.rules)
         self.compiled = chunk.lower(*arguments, loop=abstract, **run).compile()
@@ -163,7 +183,10 @@ class Decode:
             jax.block_until_ready(loop)
             seconds.append((time.perf_counter() - start) / STEPS)
         step = statistics.median(seconds[2:])
-        return {"step_ms": round(step * 1e3, 3), "tokens_per_second": round(self.batch / step, 1), "tokens": tokens}
+        row = {"step_ms": round(step * 1e3, 3), "tokens_per_second": round(self.batch / step, 1), "tokens": tokens}
+        if self.model.mesh is not None:
+            row |= reductions(lambda: jax.block_until_ready(run(loop=loop)))
+        return row
 
 
 class Prefill:
@@ -174,18 +197,16 @@ class Prefill:
         self.ids = model.rows(np.random.default_rng(0).integers(0, 1000, (batch, context)).astype(np.int32))
         self.lengths = model.rows(np.full(batch, context, np.int32))
 
-    def cache(self):
+    def cache(self, room: int | None = None):
         """An empty one."""
-        return self.model.programs.empty_cache(*self.ids.shape, "bfloat16", True)
+        return self.model.programs.empty_cache(len(self.ids), room or self.ids.shape[1], "bfloat16", True)
 
     def compile(self) -> None:
         """Compiles it."""
         read, static = self.model.programs._prefill, ()
         if isinstance(read, functools.partial):
             read, static = read.func, read.args
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.cache()
-        )
+        abstract = shapes(self.cache, self.cache(1))
         self.compiled = read.lower(*static, self.model.abstract(), self.ids, self.lengths, cache=abstract).compile()
 
     def measure(self, leaves) -> dict:
@@ -199,6 +220,83 @@ class Prefill:
         return {"milliseconds": round(statistics.median(seconds[1:]) * 1e3, 2)}
 
 
+def shapes(make, like):
+    """Shapes of what `make` gives, without its memory, lying as the arrays of `like` do."""
+    return jax.tree.map(
+        lambda leaf, small: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=small.sharding),
+        jax.eval_shape(make),
+        like,
+    )
+
+
+def reductions(run) -> dict:
+    """Milliseconds of a step in which the first card is busy, and those that it spends in reductions, by the profiler.
+
+    A reduction waits for the other card: its time holds how far the two are apart.
+    """
+    busy: dict[str, float] = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        files = sorted(Path(folder).rglob("*.xplane.pb"))
+        planes = jax.profiler.ProfileData.from_file(str(files[-1])).planes if files else ()
+        plane = next((plane for plane in planes if plane.name.startswith("/device:GPU:")), None)
+        for line in plane.lines if plane else ():
+            for event in line.events if "Stream" in line.name else ():
+                busy[event.name] += event.duration_ns / STEPS / 1e6
+    if not busy:  # a machine without GPUs
+        return {}
+    waiting = sum(time for name, time in busy.items() if REDUCTIONS.search(name))
+    return {"busy_ms": round(sum(busy.values()), 3), "reductions_ms": round(waiting, 3)}
+
+
+def table(rows: list[dict]) -> str:
+    """One line for each case: one card, two cards, how many times as fast, the share of reductions, tokens."""
+    cases: dict[tuple, dict] = {}
+    for row in rows:
+        cases.setdefault(tuple(row[key] for key in ("model", "bits", "what", "batch")), {})[row["mesh"]] = row
+    lines = ["| model | bits | what | batch | 1x1 ms | 1x2 ms | times | reductions ms | tokens |", "|" + "---|" * 9]
+    for case, meshes in cases.items():
+        one, two = meshes.get("1x1", {}), meshes.get("1x2", {})
+        times = [row.get("step_ms", row.get("milliseconds")) for row in (one, two)]
+        shown = [
+            f"{value:.2f}" if value else "fails" if "failed" in row else "-"
+            for value, row in zip(times, (one, two), strict=True)
+        ]
+        ratio = f"{times[0] / times[1]:.2f}" if all(times) else "-"
+        same = "-"
+        if "tokens" in one and "tokens" in two:
+            differ = [n for n, pair in enumerate(zip(one["tokens"], two["tokens"], strict=True)) if len(set(pair)) > 1]
+            same = f"differ from {differ[0]} on" if differ else "equal"
+        lines.append(f"| {' | '.join([*case, *shown, ratio, str(two.get('reductions_ms', '-')), same])} |")
+    return "\n".join(lines)
+
+
+def watch(command: list[str], silence: float, limit: float) -> int:
+    """Runs a command and prints its lines; ends it after `limit` seconds, or `silence` without a line."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    lines: queue.Queue = queue.Queue()
+
+    def read():
+        for line in process.stdout or ():
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    until = time.monotonic() + limit
+    while True:
+        try:
+            line = lines.get(timeout=max(min(silence, until - time.monotonic()), 0))
+        except queue.Empty:
+            process.kill()
+            process.wait()
+            print(f"killed: silent for {silence:.0f} s, or not over after {limit:.0f} s", flush=True)
+            return 1
+        if line is None:
+            return process.wait()
+        print(line, end="", flush=True)
+
+
 def main() -> None:
     """Compiles and measures the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,14 +304,22 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=1e9, help="no row begins after so many")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--limit", type=float, default=240, help="seconds after which all is ended")
+    parser.add_argument("--silence", type=float, default=120, help="seconds without a row after which all is ended")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not arguments.worker:
+        code = watch([sys.executable, *sys.argv, "--worker"], arguments.silence, arguments.limit)
+        if arguments.output and arguments.output.exists():
+            print(table(json.loads(arguments.output.read_text())["rows"]), flush=True)
+        sys.exit(code)
     began = time.perf_counter()
     lines = [line.split() for line in (arguments.rows.read_text() if arguments.rows else ROWS).split("\n") if line]
     meshes = {"1x1": None} | {name: parse_mesh(name) for name in {line[4] for line in lines} - {"1x1"}}
     keys = list(dict.fromkeys((line[0], int(line[1]), line[4]) for line in lines))
     models = {key: Model(key[0], key[1], meshes[key[2]]) for key in keys}
     works = []
-    facts = {"environment": environment() | {"command": " ".join(["python", *sys.argv])}, "rows": []}
+    facts = {"environment": environment() | {"command": " ".join(["python", *sys.argv[:-1]])}, "rows": []}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         built = {key: pool.submit(model.build) for key, model in models.items()}
 
@@ -226,9 +332,9 @@ def main() -> None:
 
         works = [(line, pool.submit(prepare, line)) for line in lines]
         held, leaves = None, None
-        for _, work in works:
+        for line, work in works:
             concurrent.futures.wait([work])
-        print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
+            print(f"{' '.join(line)}: compiled, {time.perf_counter() - began:.0f} s", flush=True)
         for line, future in works:
             row = dict(zip(("model", "bits", "what", "batch", "mesh"), line, strict=True))
             if time.perf_counter() - began > arguments.seconds:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from converters import gptq
+from converters.safetensors_files import Runs, length
 from pallas_kernels.quantized_matmul import layout
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 from qwen_jax.config import QuantizationConfig
@@ -60,15 +61,28 @@ def read_permutation(
     return gptq.read_permutation({"g_idx": index}, settings, in_features, where)
 
 
+def boxes(settings: ModuleSettings, rows: Runs | None, columns: Runs | None) -> dict[str, tuple]:
+    """See `gptq.boxes`."""
+    boxes = gptq.boxes(settings, rows, columns)
+    return {PACKED: boxes[gptq.PACKED][::-1], SCALES: boxes[gptq.SCALES][::-1]}
+
+
 def read(
-    parts: Mapping[str, np.ndarray], settings: ModuleSettings, config: QuantizationConfig, in_features: int, where: str
+    parts: Mapping[str, np.ndarray],
+    settings: ModuleSettings,
+    config: QuantizationConfig,
+    in_features: int,
+    where: str,
+    rows: Runs | None = None,
+    columns: Runs | None = None,
+    out_features: int | None = None,
 ) -> QuantizedTensor:
     """A module's tensors as a `QuantizedTensor` of NumPy arrays, in layout "gptq"; arguments as `gptq.read`.
 
     Raises:
         CheckpointError: if `weight_shape` or `weight_g_idx` contradict the settings.
     """
-    out_features = parts[SCALES].shape[0]
+    out_features = out_features or parts[SCALES].shape[0]
     shape = parts.get("weight_shape")
     if shape is not None and tuple(shape) != (out_features, in_features):
         raise CheckpointError(f"{where}.weight_shape: is {shape.tolist()}, expected [{out_features}, {in_features}].")
@@ -78,6 +92,8 @@ def read(
     packed = gptq.reorder(packed, permutation, settings.bits, in_features)
     group_size, _ = gptq.group_size_and_count(settings, in_features)
     scales = np.ascontiguousarray(parts[SCALES].T)
+    zeros = gptq.part_of_zeros(zeros, settings, rows, columns)
+    in_features = in_features if rows is None else length(rows)
     return QuantizedTensor(packed, scales, zeros, permutation, settings.bits, group_size, in_features)
 
 

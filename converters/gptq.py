@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from converters.safetensors_files import Runs, at_runs, length
 from pallas_kernels.quantized_matmul import layout
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 from qwen_jax.config import QuantizationConfig
@@ -130,27 +131,67 @@ def reorder(packed: np.ndarray, permutation: np.ndarray | None, bits: int, in_fe
     return layout.pack(layout.unpack(packed, bits, in_features)[permutation], bits)
 
 
+def boxes(settings: ModuleSettings, rows: Runs | None, columns: Runs | None) -> dict[str, tuple]:
+    """Which rows and columns of a module's tensors hold these of the matrix; other tensors are small, and read whole.
+
+    Args:
+        settings: of the module.
+        rows: whole words and groups of the matrix's rows; None for all, as the next.
+        columns: of the matrix.
+    """
+    return {PACKED: (divided(rows, 32, settings.bits), columns), SCALES: (groups_of(rows, settings), columns)}
+
+
+def divided(rows: Runs | None, by: int, times: int = 1) -> Runs | None:
+    """Runs in larger units, the last one rounded up."""
+    if rows is None:
+        return None
+    return tuple(slice(run.start * times // by, -(-run.stop * times // by)) for run in rows)
+
+
+def groups_of(rows: Runs | None, settings: ModuleSettings) -> Runs | None:
+    """The groups of these rows."""
+    return divided(rows, settings.group_size) if settings.group_size > 0 else None
+
+
 def read(
-    parts: Mapping[str, np.ndarray], settings: ModuleSettings, config: QuantizationConfig, in_features: int, where: str
+    parts: Mapping[str, np.ndarray],
+    settings: ModuleSettings,
+    config: QuantizationConfig,
+    in_features: int,
+    where: str,
+    rows: Runs | None = None,
+    columns: Runs | None = None,
+    out_features: int | None = None,
 ) -> QuantizedTensor:
-    """A module's tensors as a `QuantizedTensor` of NumPy arrays, in layout "gptq".
+    """A module's tensors, or the boxes of them that `boxes` tells, as a NumPy `QuantizedTensor` in layout "gptq".
 
     Args:
         parts: the file's arrays by the last part of their name, of the shapes that `shapes` gives.
         settings: of this module.
         config: of the checkpoint.
-        in_features: rows of the matrix.
+        in_features: rows of the whole matrix.
         where: begins messages: file and module.
+        rows: those that the parts hold, None for all; not with act-order.
+        columns: likewise.
+        out_features: columns of the whole matrix; needed with `columns`.
 
     Raises:
         CheckpointError: if `g_idx` contradicts the settings.
     """
-    out_features = parts["scales"].shape[1]
+    out_features = out_features or parts["scales"].shape[1]
     zeros, _ = read_zeros(parts, settings, config, out_features, where)
     permutation = read_permutation(parts, settings, in_features, where)
     packed = reorder(parts["qweight"], permutation, settings.bits, in_features)
     group_size, _ = group_size_and_count(settings, in_features)
+    zeros = part_of_zeros(zeros, settings, rows, columns)
+    in_features = in_features if rows is None else length(rows)
     return QuantizedTensor(packed, parts["scales"], zeros, permutation, settings.bits, group_size, in_features)
+
+
+def part_of_zeros(zeros, settings: ModuleSettings, rows: Runs | None, columns: Runs | None) -> np.ndarray | None:
+    """The zero-points of these rows and columns."""
+    return None if zeros is None else at_runs(at_runs(zeros, groups_of(rows, settings), 0), columns, 1)
 
 
 def natural_order(weight: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from converters import gptq, names
-from converters.safetensors_files import StoredTensor, folder_tensors
+from converters.safetensors_files import Runs, StoredTensor, folder_tensors, length
 from converters.writer import FORMATS, Module, write
 from pallas_kernels.dense_matmul.tensor import DenseTensor
 from qwen_jax.config import ModelConfig, QuantizationConfig
@@ -87,8 +87,8 @@ class Checkpoint:
         for path in self._modules:
             self._check_module(path)
         self._tell_unused_rules()
-        for path, length in self._vectors.items():
-            self._check(self._stored[path]["weight"], (length,), FLOATS)
+        for path, features in self._vectors.items():
+            self._check(self._stored[path]["weight"], (features,), FLOATS)
         raw = read_json(self.folder / "config.json")
         if not any(raw.get(key) for key in ("dtype", "torch_dtype", "bf16", "fp16", "fp32")):
             dtype = FLOATS[self._stored["final_norm.scale"]["weight"].dtype]
@@ -113,22 +113,35 @@ class Checkpoint:
             self._specs[path] = self._spec(path)
         return self._specs[path]
 
-    def read(self, path: str) -> Module:
+    def read(self, path: str, rows: Runs | None = None, columns: Runs | None = None) -> Module:
         """A module's arrays, e.g. "layers.0.mlp.up"; the embedding is a matrix of logical shape [D, V].
+
+        Args:
+            path: of the module.
+            rows: runs of its inputs; None for all. Of a quantized one whole groups and words, and without act-order.
+            columns: runs of its outputs; None for all. The weight is that of these rows and columns, and no other of
+                its bytes are read; the bias is whole.
 
         Raises:
             CheckpointError: if the tensors contradict the settings.
         """
-        stored, (in_features, _) = self._parts(path), self._modules[path]
+        stored, (in_features, out_features) = self._parts(path), self._modules[path]
         bias = self._bias(path)
         if (found := self._format(path)) is None:
             if path == "embedding" and self._tied_head is not None:
                 _refuse_unequal(stored["weight"], self._tied_head)
-            data = stored["weight"].read()
+            data = stored["weight"].read_box(columns, rows)
+            in_features = in_features if rows is None else length(rows)
             return Module(DenseTensor(data, FLOATS[stored["weight"].dtype], in_features, "transposed"), bias)
         reader, settings, config = found
-        parts = {name: tensor.read() for name, tensor in stored.items() if name != "bias"}
-        return Module(reader.read(parts, settings, config, in_features, self._where(path)), bias)
+        boxes = reader.boxes(settings, rows, columns)
+        parts = {
+            name: tensor.read_box(*boxes[name]) if name in boxes else tensor.read()
+            for name, tensor in stored.items()
+            if name != "bias"
+        }
+        where = self._where(path)
+        return Module(reader.read(parts, settings, config, in_features, where, rows, columns, out_features), bias)
 
     def read_vector(self, path: str) -> np.ndarray:
         """A norm's scale, e.g. "layers.0.attention_norm.scale", in the file's dtype."""

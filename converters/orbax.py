@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from converters.folders import complete_or_absent, copy_side_files
+from converters.safetensors_files import Runs
 from qwen_jax.errors import CheckpointError
 from qwen_jax.json_keys import read_json
 
@@ -145,11 +146,25 @@ def restore(
     return state, metadata
 
 
-def read_array(folder: str | Path, name: str, index: int | None = None) -> np.ndarray:
-    """One array of a checkpoint, or its entry `index` along the first axis, read without the rest."""
+def read_array(
+    folder: str | Path, name: str, index: int | None = None, rows: Runs | None = None, columns: Runs | None = None
+) -> np.ndarray:
+    """One array of a checkpoint, or its entry `index` along the first axis; of the rest no chunk is read.
+
+    Args:
+        folder: of the checkpoint.
+        name: of the array.
+        index: along the first axis.
+        rows: runs of the (entry's) first axis; None for all.
+        columns: likewise of the second.
+    """
     store = {"driver": "file", "path": str(Path(folder).absolute() / ARRAYS / name)}
     array = tensorstore.open({"driver": "zarr3", "kvstore": store}, open=True).result()
-    return np.asarray((array if index is None else array[index]).read().result())
+    array = array if index is None else array[index]
+    if rows is None and columns is None:
+        return np.asarray(array.read().result())
+    parts = [[array[row, column].read() for column in columns or (slice(None),)] for row in rows or (slice(None),)]
+    return np.block([[part.result() for part in line] for line in parts])
 
 
 def _checkpointer() -> ocp.Checkpointer:

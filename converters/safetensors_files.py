@@ -23,6 +23,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+Runs = tuple[slice, ...]  # places along a dimension, in order, none of them twice
 DAMAGED = "the file is damaged or not fully downloaded; download it again"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -64,6 +65,40 @@ class StoredTensor:
         offset = self.offset + start * width * self.numpy_dtype.itemsize
         flat = np.fromfile(self.file, self.numpy_dtype, (stop - start) * width, offset=offset)
         return flat.reshape((stop - start, *self.shape[1:]) if self.shape else ())
+
+    def read_box(self, rows: Runs | None, columns: Runs | None) -> np.ndarray:
+        """Some rows and columns of a matrix, None for all: of the file their bytes alone are read."""
+        if rows is None and columns is None:
+            return self.read()
+        height, width = self.shape
+        rows, columns = rows or (slice(0, height),), columns or (slice(0, width),)
+        if [(run.start, run.stop) for run in columns] == [(0, width)]:
+            return np.concatenate([self.read(run) for run in rows])
+        size, dtype = self.numpy_dtype.itemsize, self.numpy_dtype
+        result = np.empty((length(rows), length(columns)), dtype)
+        with self.file.open("rb", buffering=0) as stream:
+            numbers = (row for run in rows for row in range(run.start, run.stop))
+            for place, row in enumerate(numbers):
+                start = 0
+                for run in columns:
+                    part = result[place, start : start + run.stop - run.start]
+                    stream.seek(self.offset + (row * width + run.start) * size)
+                    if stream.readinto(part.view(np.uint8)) != part.nbytes:
+                        raise CheckpointError(f"{self.file}: {self.name}: ends too early; {DAMAGED}.")
+                    start += len(part)
+        return result
+
+
+def length(runs: Runs) -> int:
+    """Places in all runs together."""
+    return sum(run.stop - run.start for run in runs)
+
+
+def at_runs(array: np.ndarray, runs: Runs | None, axis: int) -> np.ndarray:
+    """These places of one axis; all for None."""
+    if runs is None:
+        return array
+    return np.concatenate([array[(slice(None),) * axis + (run,)] for run in runs], axis)
 
 
 def header(file: Path) -> dict[str, StoredTensor]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from converters import orbax
+from converters.gptq import divided
 from converters.huggingface import Module, ModuleSpec
+from converters.safetensors_files import Runs, length
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.config import ModelConfig
@@ -59,26 +61,22 @@ class ConvertedModules:
             **common,
         )
 
-    def read(self, path: str) -> Module:
-        """See `Checkpoint.read`."""
-        name, layer, columns = self._find(path)
+    def read(self, path: str, rows: Runs | None = None, columns: Runs | None = None) -> Module:
+        """See `Checkpoint.read`; reads whole chunks of the files."""
+        name, layer, place = self._find(path)
         statics = dict(self._modules[name])
-        leaves = {leaf: self._read(f"{name}.{leaf}", layer) for leaf in LEAVES}
+        leaves = self._boxes(name, layer, statics, rows, _moved(columns, place))
         bias = self._read(f"{name}.bias", layer)
         separate = None
         if path.split(".")[-1] in ("key", "qkv"):
             separate = self._read(f"{name.rpartition('.')[0]}.separate_bias", layer)
         if separate is not None:  # kept apart because an 8-bit cache stores keys without it
             width, start = self.config.num_kv_heads * self.config.head_dim, self._start(name, "key")
-            out_features = self.spec(path).out_features if columns is None else self._width(name)
+            out_features = self.spec(path).out_features if place is None else self._width(name)
             bias = np.zeros(out_features, np.float32) if bias is None else bias.copy()
             bias[start : start + width] += separate
-        if columns is not None:
-            bias = None if bias is None else bias[columns]
-            place = (columns, slice(None)) if statics["kind"] == "dense" else (slice(None), columns)
-            for leaf in ("packed", "scales", "zeros", "data"):
-                if (array := leaves[leaf]) is not None:
-                    leaves[leaf] = np.ascontiguousarray(array[place])
+        bias = bias if bias is None or place is None else bias[place]
+        statics["in_features"] = statics["in_features"] if rows is None else length(rows)
         if statics.pop("kind") == "quantized":
             leaves.pop("data")
             return Module(QuantizedTensor(**leaves, **statics), bias)
@@ -87,6 +85,15 @@ class ConvertedModules:
     def read_vector(self, path: str) -> np.ndarray:
         """See `Checkpoint.read_vector`."""
         return orbax.read_array(self.folder, *self._stacked(path))
+
+    def _boxes(self, name: str, layer: int | None, statics: dict, rows: Runs | None, columns: Runs | None) -> dict:
+        """The leaves of a matrix, of these rows and columns of it."""
+        boxes: dict[str, tuple] = {"data": (columns, rows)}
+        if statics["kind"] == "quantized":
+            groups = divided(rows, statics["group_size"])
+            boxes = {"packed": (divided(rows, 32, statics["bits"]), columns)}
+            boxes |= {"scales": (groups, columns), "zeros": (groups, columns)}
+        return {leaf: self._read(f"{name}.{leaf}", layer, *boxes.get(leaf, ())) for leaf in LEAVES}
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -130,5 +137,14 @@ class ConvertedModules:
         fused, _, number = name.rpartition(".")
         return sum(self._modules[fused]["sizes"][int(number)])
 
-    def _read(self, name: str, layer: int | None) -> np.ndarray | None:
-        return None if name not in self._arrays else orbax.read_array(self.folder, name, layer)
+    def _read(self, name: str, layer: int | None, *box: Runs | None) -> np.ndarray | None:
+        return None if name not in self._arrays else orbax.read_array(self.folder, name, layer, *box)
+
+
+def _moved(columns: Runs | None, place: slice | None) -> Runs | None:
+    """Columns of an output as columns of the matrix in which it lies at `place`."""
+    if place is None:
+        return columns
+    if columns is None:
+        return (place,)
+    return tuple(slice(place.start + run.start, place.start + run.stop) for run in columns)

@@ -6,6 +6,7 @@ into its place of a stack: the host holds one module, a device never more than i
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -70,10 +71,10 @@ class ShardedWeights(CheckpointWeights):
                 pieces: dict[int, list] = {number: [] for number in self.placement.numbers}
                 bias = []
                 for module_name, inside in zip(stored, by_module, strict=True):
-                    module = self.checkpoint.read(f"layers.{layer}.{path}.{module_name}")
                     columns_NO = np.concatenate([columns[name] for name in inside], axis=1)
+                    module, cut_NO = self._read(f"layers.{layer}.{path}.{module_name}", columns_NO=columns_NO)
                     for number, cuts in pieces.items():
-                        cuts.append(take_columns(module.weight, columns_NO[number]))
+                        cuts.append(take_columns(module.weight, cut_NO[number]))
                     bias.append(np.stack([take_bias(module.bias, columns_O) for columns_O in columns_NO]))
                     del module
                 tensors.put(n, {number: self._kept(concatenate(cuts)) for number, cuts in pieces.items()})
@@ -94,13 +95,13 @@ class ShardedWeights(CheckpointWeights):
         biases, inputs = [], []
         for n, layer in enumerate(layers):
             rows_NI, group_size = self._rows(path, layer)
-            module = self.checkpoint.read(f"layers.{layer}.{path}")
+            module, cut_NI = self._read(f"layers.{layer}.{path}", rows_NI=rows_NI)
             weight = module.weight
             if isinstance(weight, QuantizedTensor) and weight.permutation is not None:
                 if path == "attention.output":
                     inputs.append(self._gathered_places(weight.permutation)[rows_NI])
                 weight = dataclasses.replace(weight, permutation=None)
-            cuts = {number: take_rows(weight, rows_NI[number], group_size) for number in self.placement.numbers}
+            cuts = {number: take_rows(weight, cut_NI[number], group_size) for number in self.placement.numbers}
             biases.append(take_bias(module.bias, np.arange(weight.out_features)))
             del module, weight
             tensors.put(n, {number: self._kept(cut) for number, cut in cuts.items()})
@@ -122,15 +123,14 @@ class ShardedWeights(CheckpointWeights):
 
     def embedding(self) -> VocabularyLinear:
         """See `model.Weights`."""
-        return self._vocabulary(self.checkpoint.read("embedding").weight, None)
+        return self._vocabulary("embedding")
 
     def head(self) -> VocabularyLinear | None:
         """See `model.Weights`."""
         tied = self.config.tie_word_embeddings
         if tied and not self.int8_head:
             return None
-        module = self.checkpoint.read("embedding" if tied else "lm_head")
-        return self._vocabulary(module.weight, None if tied else module.bias, head=True)
+        return self._vocabulary("embedding" if tied else "lm_head", head=True)
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
@@ -185,15 +185,42 @@ class ShardedWeights(CheckpointWeights):
 
     # -- placing -------------------------------------------------------------------------------------------------------
 
-    def _vocabulary(self, weight, bias, head: bool = False) -> VocabularyLinear:
+    def _read(self, path: str, *, rows_NI=None, columns_NO=None):
+        """A module with what this process's devices need of it, and where in that the wanted rows or columns are.
+
+        Of act-order all rows are read, because a group's lie scattered in the file.
+        """
+        wanted = rows_NI if columns_NO is None else columns_NO
+        item = self.checkpoint.spec(path)
+        if len(self.placement.numbers) == self.placement.model or (rows_NI is not None and item.has_permutation):
+            return self.checkpoint.read(path), wanted
+        unit, size = 1, item.out_features
+        if rows_NI is not None:
+            size = item.in_features
+            unit = math.lcm(item.group_size, 32) if item.group_size is not None else 1  # whole words for any bits
+        here = wanted[self.placement.numbers]
+        blocks = np.unique(here[here >= 0] // unit)
+        if len(blocks) == 0:  # empty heads alone: something must be read, and is not used
+            blocks = np.zeros(1, int)
+        ends = np.flatnonzero(np.diff(blocks) > 1)
+        starts, stops = blocks[[0, *(ends + 1)]] * unit, (blocks[[*ends, -1]] + 1) * unit
+        runs = tuple(slice(int(a), min(int(b), size)) for a, b in zip(starts, stops, strict=True))
+        places = np.concatenate([np.arange(run.start, run.stop) for run in runs])
+        cut = np.where(wanted < 0, -1, np.searchsorted(places, wanted))
+        module = self.checkpoint.read(path, **{"columns" if rows_NI is None else "rows": runs})
+        return module, cut
+
+    def _vocabulary(self, path: str, head: bool = False) -> VocabularyLinear:
         ids_NV = split_vocabulary(self.config.vocab_size, self.placement.model)
         axes = ("hidden", "vocabulary")
+        module, cut_NV = self._read(path, columns_NO=ids_NV)
+        weight, bias = module.weight, module.bias
         cuts: dict[int, Any] = {}
         for number in self.placement.numbers:
-            cuts[number] = self._kept(take_columns(weight, ids_NV[number]))
+            cuts[number] = self._kept(take_columns(weight, cut_NV[number]))
         if head and self.int8_head and isinstance(weight, DenseTensor):
             cuts = {number: quantize_head(cut) for number, cut in cuts.items()}
-        del weight
+        del module, weight
         tensor = place(self.placement, cuts, axes, self.kernels)
         if bias is not None:
             bias_NV = np.stack([take_bias(bias, ids_V) for ids_V in ids_NV])

@@ -7,7 +7,9 @@ import zlib
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
 
+from converters.gptq import divided
 from converters.huggingface import Module, ModuleSpec
+from converters.safetensors_files import Runs, at_runs, length
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.config import ModelConfig
@@ -39,8 +41,20 @@ class RandomCheckpoint:
         quantization = {} if dense else {"bits": self.bits, "group_size": min(self.group_size, inputs)}
         return ModuleSpec("dense" if dense else "quantized", inputs, outputs, self.dtype, has_bias, **quantization)
 
-    def read(self, path: str) -> Module:
+    def read(self, path: str, rows: Runs | None = None, columns: Runs | None = None) -> Module:
         """See `Checkpoint.read`."""
+        module = self._whole(path)
+        if rows is None and columns is None:
+            return module
+        if isinstance(weight := module.weight, DenseTensor):
+            data_OI = at_runs(at_runs(np.asarray(weight.data), columns, 0), rows, 1)
+            return Module(dataclasses.replace(weight, data=data_OI, in_features=data_OI.shape[1]), module.bias)
+        packed = at_runs(at_runs(np.asarray(weight.packed), divided(rows, 32, weight.bits), 0), columns, 1)
+        scales = at_runs(at_runs(np.asarray(weight.scales), divided(rows, weight.group_size), 0), columns, 1)
+        inputs = weight.in_features if rows is None else length(rows)
+        return Module(dataclasses.replace(weight, packed=packed, scales=scales, in_features=inputs), module.bias)
+
+    def _whole(self, path: str) -> Module:
         spec, rng = self.spec(path), self._rng(path)
         I, O = spec.in_features, spec.out_features  # noqa: E741
         bias = rng.standard_normal(O, np.float32) if spec.has_bias else None
