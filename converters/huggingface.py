@@ -118,7 +118,8 @@ class Checkpoint:
 
         Args:
             path: of the module.
-            rows: runs of its inputs; None for all. Of a quantized one whole groups and words, and without act-order.
+            rows: runs of its inputs; None for all. Of a quantized one whole words and groups (words alone of a
+                single group), and without act-order.
             columns: runs of its outputs; None for all. The weight is that of these rows and columns, and no other of
                 its bytes are read; the bias is whole.
 

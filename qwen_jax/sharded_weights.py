@@ -197,7 +197,8 @@ class ShardedWeights(CheckpointWeights):
         unit, size = 1, item.out_features
         if rows_NI is not None:
             size = item.in_features
-            unit = math.lcm(item.group_size, 32) if item.group_size is not None else 1  # whole words for any bits
+            if item.group_size is not None:  # 32 rows: whole words for any bits
+                unit = 32 if item.group_size >= size else math.lcm(item.group_size, 32)
         here = wanted[self.placement.numbers]
         blocks = np.unique(here[here >= 0] // unit)
         if len(blocks) == 0:  # empty heads alone: something must be read, and is not used

@@ -1,5 +1,6 @@
 """Real processes on this machine: two of four CPU devices each, collectives by gloo."""
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from converters.safetensors_files import folder_tensors
 from qwen_jax import cli, distributed
 from tests.qwen_jax.test_golden import GOLDEN, golden, load, relative_error
 from tests.successor import write_successor
@@ -104,6 +106,29 @@ def decode_until(what):
             print(f"step {number} {time.time()}")
 
 
+def bytes_read(folder, mesh, path):
+    """Loads a model; writes how many bytes of weights were read for each tensor of the file."""
+    from converters import safetensors_files
+    from qwen_jax import QwenForCausalLM
+    from qwen_jax.sharding import parse_mesh
+
+    read, box, counts = safetensors_files.StoredTensor.read, safetensors_files.StoredTensor.read_box, {}
+
+    def counted(function, counts):
+        def wrapper(tensor, *arguments):
+            array = function(tensor, *arguments)
+            counts.setdefault(tensor.name, []).append(array.nbytes)
+            return array
+
+        return wrapper
+
+    inside: dict = {}  # what `read_box` reads through `read` counts once
+    safetensors_files.StoredTensor.read = counted(read, inside)
+    safetensors_files.StoredTensor.read_box = counted(box, counts)
+    QwenForCausalLM.from_pretrained(folder, dtype="float32", mesh=parse_mesh(mesh))
+    Path(f"{path}.{jax.process_index()}.json").write_text(json.dumps(counts))
+
+
 # -- tests -------------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +144,23 @@ def test_two_processes_equal_one_device(tmp_path, mesh):
         assert relative_error(got["last"], last) < 1e-5
         assert relative_error(got["step"], step) < 1e-5
         np.testing.assert_array_equal(got["tokens"][:, -8:], want["gptq_greedy"])
+
+
+@pytest.mark.parametrize(
+    "case", ["qwen1-int4-g32/source", "qwen1-int4-g32/quantized", "qwen2-int4-per-channel/quantized"]
+)
+def test_each_process_reads_its_own_part(tmp_path, case):
+    """Of every matrix, packed words and scales of groups, two processes read a half each."""
+    folder = GOLDEN / case
+    done = ends(begin(worker("bytes_read", str(folder), "1x2", str(tmp_path / "read")), JAX_NUM_CPU_DEVICES="1"), 200)
+    assert [code for code, *_ in done] == [0, 0], done
+    tensors = folder_tensors(folder)
+    for process in range(2):
+        read = json.loads((tmp_path / f"read.{process}.json").read_text())
+        assert len(read) > 10
+        for name in read:
+            whole = name.endswith(".scales") and tensors[name].shape[0] == 1  # one group a column: every row needs it
+            assert sum(read[name]) <= (1 if whole else 0.51) * tensors[name].nbytes, name
 
 
 @pytest.mark.parametrize("what", ["killed", "asleep"])
@@ -156,11 +198,16 @@ def test_generate_distributed(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--process-id", "1"], "--process-id: goes with --distributed"),
     (["--mesh", "3"], "mesh='3': expected two sizes"),
-    (["--distributed"], "distributed: coordinator_address should be defined.*Slurm, GKE .*--coordinator HOST:PORT"),
+    (["--distributed"], "distributed: coordinator_address.*Slurm, GKE .*--coordinator HOST:PORT"),
 ])  # fmt: skip
 def test_wrong_options_are_named(arguments, message, capsys, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI", "KUBERNETES", "TPU_"))]:
         monkeypatch.delenv(name)
+
+    def initialize(*arguments, **options):  # as without a cluster; here devices are in use already
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(SystemExit):
         cli.main(["generate", str(GOLDEN / CASE / "quantized"), "x", *arguments])
     assert re.search(message, capsys.readouterr().err)
