@@ -18,9 +18,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("qwen_jax", "pallas_kernels", "converters")
 INT4 = ROOT / "tests" / "golden" / "qwen2-int4-g64-actorder-asym" / "quantized"
-BROUGHT_BY = {"jaxlib": "jax"}
+BROUGHT_BY = {"jaxlib": "jax", "cycler": "matplotlib"}
 # Imported where a command needs it and says how to install it, or only with it installed.
-OPTIONAL = {"gguf": "demo", "lm_eval": "eval", "matplotlib": "notebooks"}
+OPTIONAL = {"gguf": "demo", "lm_eval": "eval", "matplotlib": "notebooks", "cycler": "notebooks"}
 
 
 @pytest.fixture(scope="module")
