@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from converters.huggingface import Checkpoint, Module
+from converters.safetensors_files import Runs
 
 #: Called with the bytes read so far and their number.
 Progress = Callable[[int, int], None]
@@ -16,9 +17,9 @@ class WatchedCheckpoint(Checkpoint):
         self._progress, self._left = progress, {path: self.nbytes(path) for path in self.paths}
         self._total = sum(self._left.values())
 
-    def read(self, path: str) -> Module:
-        """See `Checkpoint.read`."""
-        module = super().read(path)
+    def read(self, path: str, rows: Runs | None = None, columns: Runs | None = None) -> Module:
+        """See `Checkpoint.read`; a part counts as the whole, for no other follows in this process."""
+        module = super().read(path, rows, columns)
         self._tell(path)
         return module
 
