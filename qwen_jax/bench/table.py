@@ -45,6 +45,13 @@ _RATE = [
     Column("GB/s", number("gigabytes_per_second", ".0f")),
     Column("of copy", number("of_copy", ".0%")),
 ]
+_ONE_DEVICE = [
+    Column("one device, ms", number("one_device_ms", ".3f")),
+    Column("times", number("times", ".2f")),
+    Column("efficiency", number("efficiency", ".0%")),
+    Column("tokens", text("same_tokens")),
+    Column("one device failed", text("one_device_failed")),
+]
 _FAILED = Column("failed", text("failed"))
 
 COLUMNS: dict[str, list[Column]] = {
@@ -54,6 +61,7 @@ COLUMNS: dict[str, list[Column]] = {
         Column("ms/step", number("step_ms", ".3f")),
         *_RATE,
         Column("peak GB", number("peak_bytes", ".2f", 1e-9)),
+        *_ONE_DEVICE,
         _FAILED,
     ],
     "prefill": [
@@ -62,6 +70,7 @@ COLUMNS: dict[str, list[Column]] = {
         Column("tokens/s", number("tokens_per_second", ".0f")),
         Column("TFLOP/s", number("teraflops", ".1f")),
         Column("peak GB", number("peak_bytes", ".2f", 1e-9)),
+        *_ONE_DEVICE,
         _FAILED,
     ],
     "matmul": [

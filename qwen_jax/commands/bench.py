@@ -11,7 +11,7 @@ from .common import Debug, Json, Kernels, print_json, status
 EXAMPLES = """
 qwen-jax bench decode --model qwen-7b --bits 4 --kv-bits 8 --batch 1 --context 2048
 qwen-jax bench decode --model qwen-1.8b --batch 1 --batch 8 --batch 32 --output decode.json
-qwen-jax bench decode --model qwen-72b --mesh 1x2
+qwen-jax bench decode --model qwen-72b --mesh 1x2 --check
 qwen-jax bench prefill --model qwen2.5-7b --context 2048
 """
 
@@ -24,6 +24,7 @@ Batch = Annotated[list[int], typer.Option(help="Rows; may be given several times
 Context = Annotated[list[int], typer.Option(help="Tokens in the cache or prompt; may be given several times.", min=1)]
 Layers = Annotated[int | None, typer.Option(help="Only so many layers, for a quick look.", min=1)]
 Mesh = Annotated[str | None, typer.Option(help="Devices for rows x for each layer, as 1x2.", metavar="DxM")]
+Check = Annotated[bool, typer.Option("--check", help="With --mesh: also time one device, and compare greedy tokens.")]
 Dtype = Annotated[str, typer.Option(help="Of activations and float weights.")]
 Rounds = Annotated[int, typer.Option(help="Timed repetitions, after a warm-up.", min=1)]
 Output = Annotated[Path | None, typer.Option(help="Also write results, device and versions here as JSON.")]
@@ -48,6 +49,7 @@ def decode(
     context: Context = [2048],  # noqa: B006
     layers: Layers = None,
     mesh: Mesh = None,
+    check: Check = False,
     dtype: Dtype = "bfloat16",
     kernels: Kernels = "auto",
     rounds: Rounds = 5,
@@ -56,7 +58,7 @@ def decode(
     debug: Debug = False,
 ):
     """Time whole decode steps, beside the bytes that they must read and a copy's rate in the same run."""
-    _model("decode", model, bits, kv_bits, batch, context, layers, mesh, dtype, kernels, rounds, output, json)
+    _model("decode", model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json)
 
 
 @run.command(epilog=_examples("prefill"))
@@ -68,6 +70,7 @@ def prefill(
     context: Context = [2048],  # noqa: B006
     layers: Layers = None,
     mesh: Mesh = None,
+    check: Check = False,
     dtype: Dtype = "bfloat16",
     kernels: Kernels = "auto",
     rounds: Rounds = 5,
@@ -76,16 +79,18 @@ def prefill(
     debug: Debug = False,
 ):
     """Time the reading of whole prompts."""
-    _model("prefill", model, bits, kv_bits, batch, context, layers, mesh, dtype, kernels, rounds, output, json)
+    _model("prefill", model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json)
 
 
-def _model(what, model, bits, kv_bits, batch, context, layers, mesh, dtype, kernels, rounds, output, json) -> None:
+def _model(
+    what, model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json
+) -> None:
     """`decode` and `prefill`: a model for each number of bits, then every case."""
     import dataclasses
 
     from jax.errors import JaxRuntimeError
 
-    from ..bench import decode, prefill, timing
+    from ..bench import decode, one_device, prefill, timing
     from ..bench.models import MODELS
     from ..sharding import parse_mesh
 
@@ -93,20 +98,50 @@ def _model(what, model, bits, kv_bits, batch, context, layers, mesh, dtype, kern
     _check("model", [model], list(MODELS))
     _check("bits", bits, [4, 8, 16])
     _check("kv-bits", kv_bits, [8, 16])
+    if check and mesh is None:
+        raise ValueError("--check: goes with --mesh, which it compares with one device. Give --mesh, as 1x2.")
     devices = None if mesh is None else parse_mesh(mesh)
     results: list[dict[str, Any]] = []
     for weight_bits in bits:
         with status(f"Making random weights of {model}"):
             decoder = decode.build(model, bits=weight_bits, dtype=dtype, kernels=kernels, layers=layers, mesh=devices)
-        for cache_bits, rows, length in ((k, b, c) for k in kv_bits for b in batch for c in context):
-            case = {"bits": weight_bits, "kv_bits": cache_bits, "batch": rows, "context": length}
+        cases = [
+            {"bits": weight_bits, "kv_bits": cache_bits, "batch": rows, "context": length}
+            for cache_bits in kv_bits
+            for rows in batch
+            for length in context
+        ]
+        tokens: dict[tuple[int, int], Any] = {}
+        for case in cases:
+            rows, length = case["batch"], case["context"]
             with status(f"Compiling and measuring {what}, batch {rows}, context {length}"):
                 try:
                     result = module.measure(model, decoder, **case, rounds=rounds, mesh=devices)
                     results.append({**dataclasses.asdict(result), "layers": decoder.config.num_layers})
+                    if check:
+                        programs = decode.programs_of(decoder, devices)
+                        tokens[case["kv_bits"], rows] = one_device.greedy(programs, dtype, case["kv_bits"], rows)
+                        del programs
                 except JaxRuntimeError as error:  # usually out of memory; the other cases still run
                     results.append({"model": model, **case, "failed": str(error).splitlines()[0][:200]})
         del decoder
+        if not check:
+            continue
+        with status(f"Making the same model on one device, and measuring {what}"):
+            alone = one_device.build(model, bits=weight_bits, dtype=dtype, kernels=kernels, layers=layers)
+            programs = decode.programs_of(alone)
+            for case, record in zip(cases, results[-len(cases) :], strict=True):
+                if "failed" in record:
+                    continue
+                try:
+                    one = dataclasses.asdict(module.measure(model, alone, **case, rounds=rounds))
+                    want = one_device.greedy(programs, dtype, case["kv_bits"], case["batch"])
+                except JaxRuntimeError as error:
+                    record["one_device_failed"] = str(error).splitlines()[0][:200]
+                    continue
+                got = tokens[case["kv_bits"], case["batch"]]
+                record |= one_device.compare(record, one, want, got)
+        del alone, programs
     with status("Measuring a copy"):  # last, so that its arrays are in no peak
         copy = timing.copy_bandwidth(None if dtype == "bfloat16" else 128) / 1e9
     for result in results:

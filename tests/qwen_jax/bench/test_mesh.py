@@ -1,12 +1,14 @@
 """Random weights on a mesh: the model of one device, kernels of a GPU for each device's share, nothing copied."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
 import pytest
 
-from qwen_jax.bench import decode, prefill
+from qwen_jax import cli
+from qwen_jax.bench import decode, one_device, prefill
 from qwen_jax.bench.models import MODELS
 from qwen_jax.bench.random_checkpoint import RandomCheckpoint
 from qwen_jax.generation import Programs
@@ -64,6 +66,24 @@ def test_bench_measures_on_a_mesh(monkeypatch):
     whole = decode.step_bytes(alone, 8, 2, 64)
     assert 0.5 * whole < found.bytes_per_step < 0.65 * whole  # 320 ids and 640 rows are split unevenly
     assert prefill.measure("small", decoder, **settings).milliseconds > 0
+
+
+def test_bench_compares_with_one_device(monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "small", SMALL)
+    options = ["--model", "small", "--dtype", "float32", "--context", "64", "--rounds", "1", "--check", "--json"]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["bench", "decode", *options, "--mesh", "1x2", "--batch", "2"])
+    [result] = json.loads(capsys.readouterr().out)["results"]
+    assert (exit.value.code or 0, result["same_tokens"]) == (0, "equal")
+    assert result["efficiency"] == pytest.approx(result["times"] / 2)
+    one, other = {"step_ms": 3.0}, {"step_ms": 2.0, "mesh": "1x2"}
+    found = one_device.compare(other, one, np.array([[1, 2], [3, 4]]), np.array([[1, 5], [6, 4]]))
+    assert found == {
+        "one_device_ms": 3.0,
+        "times": 1.5,
+        "efficiency": 0.75,
+        "same_tokens": "row 1 differs at token 0",
+    }
 
 
 @pytest.mark.parametrize("text, message", [("2", "expected two sizes"), ("1x0", "expected two"), ("4x4", "JAX sees 8")])
