@@ -29,7 +29,7 @@ def gptqmodel_logits(folder: str) -> np.ndarray:
     import torch
     from gptqmodel import BACKEND, GPTQModel
 
-    model = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float32)
+    model = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)  # it takes no float32
     return torch_logits(model.model)
 
 

@@ -43,7 +43,9 @@ def run(
     dynamic: Annotated[
         str | None, typer.Option(help="JSON: regular expression to settings, as GPTQModel's.", metavar="JSON")
     ] = None,
-    format: Annotated[str, typer.Option(help="gptq, gptq_v2 or compressed-tensors.")] = "gptq",
+    format: Annotated[
+        str, typer.Option(help="gptq, gptq_v2 (for GPTQModel with --asym) or compressed-tensors.")
+    ] = "gptq",
     dtype: Annotated[str, typer.Option(help="Of activations: auto, float32 or bfloat16.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it is there.")] = False,
     resume: Annotated[

@@ -30,7 +30,9 @@ class QuantizeSettings:
         lm_head: quantize the output projection too, if it is not the embedding.
         dynamic: settings of some modules, as GPTQModel's: {"+:regular expression": {"bits": 8}, "-:…": {}}; "-:" leaves
             a module in float. Matched against the file's module names, from their beginning.
-        format: "gptq" (what AutoGPTQ writes), "gptq_v2" or "compressed-tensors" (pack-quantized).
+        format: "gptq" (what AutoGPTQ writes), "gptq_v2" or "compressed-tensors" (pack-quantized). GPTQModel reads
+            asymmetric weights of others in "gptq_v2" alone; compressed-tensors 0.20 reads act-order only with
+            `static_groups`.
     """
 
     bits: int = 4
