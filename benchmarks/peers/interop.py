@@ -2,7 +2,7 @@
 
     python benchmarks/peers/interop.py qwen-jax ours.npz FOLDER…          # in our environment
     python benchmarks/peers/interop.py gptqmodel theirs.npz FOLDER…       # in one with GPTQModel and PyTorch
-    python benchmarks/peers/interop.py compressed-tensors theirs.npz FOLDER…   # … with transformers and compressed-tensors
+    python benchmarks/peers/interop.py compressed-tensors theirs.npz FOLDER…   # … transformers, compressed-tensors
     python benchmarks/peers/interop.py compare ours.npz theirs.npz
 
 Both sides compute in float32 on the CPU, on 64 fixed token ids.
