@@ -82,11 +82,11 @@ def read(
     Raises:
         CheckpointError: if `weight_shape` or `weight_g_idx` contradict the settings.
     """
-    out_features = out_features or parts[SCALES].shape[0]
+    width: int = out_features or parts[SCALES].shape[0]
     shape = parts.get("weight_shape")
-    if shape is not None and tuple(shape) != (out_features, in_features):
-        raise CheckpointError(f"{where}.weight_shape: is {shape.tolist()}, expected [{out_features}, {in_features}].")
-    zeros, _ = read_zeros(parts, settings, config, out_features, where)
+    if shape is not None and tuple(shape) != (width, in_features):
+        raise CheckpointError(f"{where}.weight_shape: is {shape.tolist()}, expected [{width}, {in_features}].")
+    zeros, _ = read_zeros(parts, settings, config, width, where)
     permutation = read_permutation(parts, settings, in_features, where)
     packed = np.ascontiguousarray(parts[PACKED].T)
     packed = gptq.reorder(packed, permutation, settings.bits, in_features)

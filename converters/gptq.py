@@ -179,8 +179,8 @@ def read(
     Raises:
         CheckpointError: if `g_idx` contradicts the settings.
     """
-    out_features = out_features or parts["scales"].shape[1]
-    zeros, _ = read_zeros(parts, settings, config, out_features, where)
+    width: int = out_features or parts["scales"].shape[1]
+    zeros, _ = read_zeros(parts, settings, config, width, where)
     permutation = read_permutation(parts, settings, in_features, where)
     packed = reorder(parts["qweight"], permutation, settings.bits, in_features)
     group_size, _ = group_size_and_count(settings, in_features)

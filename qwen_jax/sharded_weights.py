@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels.dense_matmul as dense
 import pallas_kernels.quantized_matmul as quantized
-from converters.huggingface import Checkpoint
+from converters.huggingface import Checkpoint, Module
 from pallas_kernels.dense_matmul import DenseTensor, quantize_head
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
@@ -185,12 +185,13 @@ class ShardedWeights(CheckpointWeights):
 
     # -- placing -------------------------------------------------------------------------------------------------------
 
-    def _read(self, path: str, *, rows_NI=None, columns_NO=None):
+    def _read(self, path: str, *, rows_NI=None, columns_NO=None) -> tuple[Module, np.ndarray]:
         """A module with what this process's devices need of it, and where in that the wanted rows or columns are.
 
         Of act-order all rows are read, because a group's lie scattered in the file.
         """
         wanted = rows_NI if columns_NO is None else columns_NO
+        assert wanted is not None
         item = self.checkpoint.spec(path)
         if len(self.placement.numbers) == self.placement.model or (rows_NI is not None and item.has_permutation):
             return self.checkpoint.read(path), wanted

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import zlib
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
@@ -38,7 +39,7 @@ class RandomCheckpoint:
         inputs, outputs = self._shape(path)
         has_bias = self.config.attention_bias and path.endswith(("query", "key", "value", "qkv"))
         dense = self.bits == 16 or not path.startswith("layers.")
-        quantization = {} if dense else {"bits": self.bits, "group_size": min(self.group_size, inputs)}
+        quantization: dict[str, Any] = {} if dense else {"bits": self.bits, "group_size": min(self.group_size, inputs)}
         return ModuleSpec("dense" if dense else "quantized", inputs, outputs, self.dtype, has_bias, **quantization)
 
     def read(self, path: str, rows: Runs | None = None, columns: Runs | None = None) -> Module:
