@@ -140,3 +140,16 @@ def test_a_checkpoint_that_is_there_is_kept(saved):
     with pytest.raises(CheckpointError, match="is there already"):
         orbax.save(saved, {"a": np.ones(3, np.float32)}, {})
     assert_same(orbax.restore(saved)[0], state())
+
+
+def test_saved_from_one_mesh_and_restored_on_another(tmp_path):
+    def on_mesh(data, model, *axes):
+        devices = np.array(jax.devices()[: data * model]).reshape(data, model)
+        return jax.sharding.NamedSharding(jax.sharding.Mesh(devices, ("data", "model")), jax.P(*axes))
+
+    weight = np.arange(24 * 16, dtype=np.int32).reshape(24, 16)
+    orbax.save(tmp_path / "saved", {"w": jax.device_put(weight, on_mesh(2, 4, None, "model"))}, {})
+    for sharding, share in ((on_mesh(1, 2, "model"), (12, 16)), (on_mesh(8, 1, None, "data"), (24, 2))):
+        found = orbax.restore(tmp_path / "saved", shardings=sharding)[0]["w"]
+        assert found.sharding == sharding and found.addressable_shards[0].data.shape == share
+        np.testing.assert_array_equal(found, weight)
