@@ -57,11 +57,11 @@ def test_an_interrupted_conversion_leaves_nothing(run, monkeypatch, tmp_path):  
 
     read, calls = Checkpoint.read, []
 
-    def interrupted(self, path):
+    def interrupted(self, path, *args, **options):
         calls.append(path)
         if len(calls) == 9:
             raise KeyboardInterrupt
-        return read(self, path)
+        return read(self, path, *args, **options)
 
     monkeypatch.setattr(Checkpoint, "read", interrupted)
     code, out, err = run("convert", INT4, tmp_path / "target")
