@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def first_run() -> tuple[str, str]:
     record = folder().with_suffix(".json")
     with FileLock(folder().with_suffix(".lock")):
         if not record.exists():
+            shutil.rmtree(folder(), ignore_errors=True)  # of a run that was ended halfway
             record.write_text(json.dumps(run()))
         out, said = json.loads(record.read_text())
     return out, said
