@@ -5,7 +5,7 @@
 
 from pallas_kernels.decode_step import matmul
 from pallas_kernels.decode_step import instructions as d
-from pallas_kernels.decode_step.loader import Ring, first_strip, tiles_of
+from pallas_kernels.decode_step.loader import Ring, first_strip, share_of, tiles_of
 from pallas_kernels.decode_step.plan import STRIP, Matrix, Plan
 from pallas_kernels.kv_attention import warp as w
 
@@ -172,7 +172,7 @@ class Consumer:
 
     # -- phases ---------------------------------------------------------------------------------------------------
 
-    def multiply(self, matrix: Matrix, sequence, put, finish):
+    def multiply(self, matrix: Matrix, number, put, finish):
         """One projection: `put()` fills x, `finish(row, column)` gives what stores a result from its sums (one, or gate and up)."""
         plan, count = self.plan, tiles_of(matrix, self.block)
 
@@ -185,7 +185,7 @@ class Consumer:
 
             def step(index, sums):
                 at = w.iadd(index, self.warp)
-                data, extra, full, empty, parity = self.ring.slot(w.iadd(sequence, at))
+                data, extra, full, empty, parity = self.ring.slot(self.warp, w.iadd(number, w.idiv(index, plan.warps)))
                 d.barrier_wait(full, parity)
                 sums = matmul.tile(
                     plan, matrix, self.shared["x"], data, extra, self.lane, w.idiv(at, matrix.parts), sums
@@ -206,7 +206,7 @@ class Consumer:
                 w.when(exists, lambda store=store, sums=sums: store(sums))
 
         w.when(w.less(0, count), work)
-        return w.iadd(sequence, count)
+        return w.iadd(number, share_of(plan, count, self.warp))
 
 
 def _merged(parts, carried):

@@ -3,7 +3,7 @@
 from pallas_kernels.decode_step import attention, newest
 from pallas_kernels.decode_step import instructions as d
 from pallas_kernels.decode_step.consumer import Consumer
-from pallas_kernels.decode_step.loader import item_of
+from pallas_kernels.decode_step.loader import item_of, share_of
 from pallas_kernels.decode_step.plan import TOKENS, Plan
 from pallas_kernels.kv_attention import warp as w
 
@@ -16,13 +16,13 @@ def consume(plan: Plan, pointers, shared, block, warp, lane):
         attention.store_table(plan, shared["table"], *tables, w.i32(0), warp, lane)
 
     def layer_of(layer, carried):
-        [sequence] = carried
+        [number] = carried
         meetings = w.imul(layer, len(phases))
-        for number, name in enumerate(phases):
+        for order, name in enumerate(phases):
             me = Consumer(plan, pointers, shared, *_anew(shared, block, warp, lane))
-            me.first = number == 0
-            sequence = _PHASES[name](me, layer, sequence, w.iadd(meetings, number))
-        return [sequence]
+            me.first = order == 0
+            number = _PHASES[name](me, layer, number, w.iadd(meetings, order))
+        return [number]
 
     w.loop(w.i32(plan.layers), 1, [w.i32(0)], layer_of)
     Consumer(plan, pointers, shared, block, warp, lane).meet()
@@ -64,7 +64,7 @@ def _round(value):
     return w.unpack(w.pack(value, value, "bf16"), "bf16")[0]
 
 
-def _qkv(me: Consumer, layer, sequence, meetings):
+def _qkv(me: Consumer, layer, number, meetings):
     plan, matrix = me.plan, me.plan.matrix("qkv")
     scales = me.norm_scales("attention_norm", layer)
     me.reach(meetings)
@@ -77,15 +77,15 @@ def _qkv(me: Consumer, layer, sequence, meetings):
             bias = w.load_float_of(w.element(me.pointers["qkv_bias"], at, size), 0, plan.bias_dtype)
         return lambda sums: _store_bf16(me.pointers["qkv"], row, matrix.out_features, column, w.add(sums[0], bias))
 
-    return me.multiply(matrix, sequence, lambda: me.put_normed(_source(me, layer), scales), finish)
+    return me.multiply(matrix, number, lambda: me.put_normed(_source(me, layer), scales), finish)
 
 
-def _cache(me: Consumer, layer, sequence, meetings):
+def _cache(me: Consumer, layer, number, meetings):
     plan, pointers, shared, lane, warp = me.plan, me.pointers, me.shared, me.lane, me.warp
     tables = (pointers["all_cos"], pointers["all_sin"]) if plan.biased else ()
     for round_ in range(plan.item_rounds):
         index, exists, row, head, low, high, valid, every = item_of(plan, pointers["lengths"], me.block, round_)
-        slots = w.select(exists, w.imul(w.iadd(high, w.imul(low, -1)), plan.cache_slots), w.i32(0))
+        count = w.select(exists, w.iadd(high, w.imul(low, -1)), w.i32(0))
         table_row = row if plan.table_rows > 1 else w.i32(0)
 
         def turn_of(place, table_row=table_row):
@@ -102,7 +102,7 @@ def _cache(me: Consumer, layer, sequence, meetings):
             me.reach(meetings)
 
         def work(
-            index=index, row=row, head=head, low=low, high=high, valid=valid, every=every, sequence=sequence,
+            index=index, row=row, head=head, low=low, high=high, valid=valid, every=every, number=number,
             biases=biases, first_turn=first_turn, turn_of=turn_of,
         ):  # fmt: skip
             # Each part of a list has a warp of its own: queries, and in the last split the newest key and value.
@@ -126,11 +126,11 @@ def _cache(me: Consumer, layer, sequence, meetings):
             terms = attention.bias_terms(plan, shared["query"], biases, lane) if plan.biased else []
             oldest = w.i32(0) if plan.window is None else w.iadd(valid, -plan.window)
             scratch = w.offset(shared["x"], w.imul(warp, 2 * plan.share * 256))
-            def step(number, carried):
+            def step(index, carried):
                 state, turn = carried[: attention.state_size(plan)], carried[attention.state_size(plan) :]
-                place = w.iadd(low, number, warp)
-                at = w.iadd(sequence, w.imul(w.iadd(number, warp), plan.cache_slots))
-                data, extra, full, empty, parity = me.ring.slot(at)
+                place = w.iadd(low, index, warp)
+                at = w.iadd(number, w.imul(w.idiv(index, plan.warps), plan.cache_slots))
+                data, extra, full, empty, parity = me.ring.slot(warp, at)
                 following = turn_of(w.iadd(place, plan.warps))
                 logits = None
                 if plan.biased:
@@ -138,7 +138,7 @@ def _cache(me: Consumer, layer, sequence, meetings):
                 d.barrier_wait(full, parity)
                 keys, values, empties = data, w.offset(data, TOKENS * plan.head_dim), [empty]
                 if not plan.quantized:
-                    values, _, full, empty, parity = me.ring.slot(w.iadd(at, 1))
+                    values, _, full, empty, parity = me.ring.slot(warp, w.iadd(at, 1))
                     d.barrier_wait(full, parity)
                     empties.append(empty)
                 scales = extra if plan.quantized else None
@@ -160,11 +160,11 @@ def _cache(me: Consumer, layer, sequence, meetings):
             attention.merge(plan, state, shared, pointers["partial"], pointers["statistics"], index, warp, lane)
 
         w.when(exists, work)
-        sequence = w.iadd(sequence, slots)
-    return sequence
+        number = w.iadd(number, w.imul(share_of(plan, count, warp), plan.cache_slots))
+    return number
 
 
-def _output(me: Consumer, layer, sequence, meetings):
+def _output(me: Consumer, layer, number, meetings):
     me.reach(meetings)
     width = me.plan.hidden
 
@@ -172,10 +172,10 @@ def _output(me: Consumer, layer, sequence, meetings):
         residual = _load_bf16(_source(me, layer), row, width, column)
         return lambda sums: _store_bf16(me.pointers["mid"], row, width, column, w.add(residual, _round(sums[0])))
 
-    return me.multiply(me.plan.matrix("output"), sequence, me.put_attended, finish)
+    return me.multiply(me.plan.matrix("output"), number, me.put_attended, finish)
 
 
-def _gate_up(me: Consumer, layer, sequence, meetings):
+def _gate_up(me: Consumer, layer, number, meetings):
     scales = me.norm_scales("mlp_norm", layer)
     me.reach(meetings)
 
@@ -189,10 +189,10 @@ def _gate_up(me: Consumer, layer, sequence, meetings):
         return store
 
     matrix = me.plan.matrix("gate_up")
-    return me.multiply(matrix, sequence, lambda: me.put_normed(me.pointers["mid"], scales), finish)
+    return me.multiply(matrix, number, lambda: me.put_normed(me.pointers["mid"], scales), finish)
 
 
-def _down(me: Consumer, layer, sequence, meetings):
+def _down(me: Consumer, layer, number, meetings):
     me.reach(meetings)
     width = me.plan.hidden
 
@@ -201,7 +201,7 @@ def _down(me: Consumer, layer, sequence, meetings):
         return lambda sums: _store_bf16(me.pointers["hidden"], row, width, column, w.add(residual, _round(sums[0])))
 
     put = lambda: me.put_plain(me.pointers["act"], me.plan.inner)  # noqa: E731
-    return me.multiply(me.plan.matrix("down"), sequence, put, finish)
+    return me.multiply(me.plan.matrix("down"), number, put, finish)
 
 
 _PHASES = {"qkv": _qkv, "cache": _cache, "output": _output, "gate_up": _gate_up, "down": _down}

@@ -1,6 +1,6 @@
 """The warps that fill the ring: every byte of weights and cache that a block needs, in the order of the consumers.
 
-They take tiles in turn and never wait for a phase of the layer, only for room, so that memory works on while the blocks meet at barriers.
+Each serves some of the consuming warps and never waits for a phase of the layer, only for room, so that memory works on while the blocks meet at barriers.
 """
 
 from pallas_kernels.decode_step import instructions as d
@@ -10,22 +10,30 @@ from pallas_kernels.kv_attention import warp as w
 
 
 class Ring:
-    """Addresses of the ring's slots; a slot is told by its place in the sequence of all slots ever used."""
+    """Addresses of slots. Each consuming warp has a ring of its own and counts its tiles: `number` is one's place.
+
+    A slot that several warps used would have to be waited for by a parity that another lap shares.
+    """
 
     def __init__(self, plan: Plan, shared):
         self.plan, self.shared = plan, shared
 
-    def slot(self, sequence):
+    def slot(self, warp, number):
         """(data, extra, full barrier, empty barrier, parity of this lap)."""
-        slots = self.plan.slots
-        at = w.irem(sequence, slots)
+        depth = self.plan.slots // self.plan.warps
+        at = w.iadd(w.imul(warp, depth), w.irem(number, depth))
         return (
             w.offset(self.shared["ring"], w.imul(at, SLOT_BYTES)),
             w.offset(self.shared["extra"], w.imul(at, self.plan.extra_stride)),
             w.offset(self.shared["full"], w.imul(at, 8)),
             w.offset(self.shared["empty"], w.imul(at, 8)),
-            w.irem(w.idiv(sequence, slots), 2),
+            w.irem(w.idiv(number, depth), 2),
         )
+
+
+def share_of(plan: Plan, count, warp):
+    """How many of a block's tiles a consuming warp takes: the warp-th, and every `warps`-th after it."""
+    return w.idiv(w.imax(w.iadd(count, plan.warps - 1, w.imul(warp, -1)), 0), plan.warps)
 
 
 def first_strip(matrix: Matrix, block):
@@ -60,13 +68,8 @@ def item_of(plan: Plan, lengths, block, round_: int):
     return index, exists, row, head, low, high, valid, every
 
 
-def first_slot(loader, sequence):
-    """How many slots from `sequence` on a loader's first one is: a slot is always filled by the same loader."""
-    return w.irem(w.iadd(loader, LOADERS, w.imul(w.irem(sequence, LOADERS), -1)), LOADERS)
-
-
-def load_matrix(plan: Plan, matrix: Matrix, pointers, ring: Ring, loader, lane, block, layer, sequence):
-    """Fills slots with a loader's share of a block's tiles; returns the sequence after them."""
+def load_matrix(plan: Plan, matrix: Matrix, pointers, ring: Ring, loader, lane, block, layer, numbers):
+    """Fills slots of a loader's warps with a block's tiles; `numbers` is each warp's place, before and after."""
     count, strip0 = tiles_of(matrix, block), first_strip(matrix, block)
     kinds = 1 + matrix.groups * (1 if matrix.symmetric else 2)
     row, kind = w.idiv(lane, kinds), w.irem(lane, kinds)
@@ -87,13 +90,10 @@ def load_matrix(plan: Plan, matrix: Matrix, pointers, ring: Ring, loader, lane, 
     if not matrix.symmetric:
         zeros_layer = w.element(pointers[f"{name}.zeros"], w.imul(layer, matrix.scale_rows), matrix.columns)
     each_half = matrix.parts // matrix.halves
-    first = first_slot(loader, sequence)
 
-    def fill(index, carried):
-        del carried
-        index = w.iadd(index, first)
+    def fill(index, warp, number):
         part, depth = w.irem(index, matrix.parts), w.idiv(index, matrix.parts)
-        data, extra, full, empty, parity = ring.slot(w.iadd(sequence, index))
+        data, extra, full, empty, parity = ring.slot(warp, number)
         d.barrier_wait(empty, w.ixor(parity, 1))
         w.when(w.equal(lane, 0), lambda: d.barrier_expect(full, w.i32(matrix.tile_bytes)))
         w.warp_barrier()
@@ -111,14 +111,31 @@ def load_matrix(plan: Plan, matrix: Matrix, pointers, ring: Ring, loader, lane, 
         source = d.pick(is_packed, packed, d.pick(is_scale, scales, zeros))
         target = d.pick(is_packed, w.offset(data, w.imul(row, width * unit)), w.offset(extra, extra_at))
         w.when(w.less(lane, matrix.rows * kinds), lambda: d.bulk_copy(target, source, size, full))
+
+    return _in_turn(plan, loader, count, 1, numbers, fill)
+
+
+def _in_turn(plan: Plan, loader, count, slots: int, numbers, fill):
+    """`fill(tile, warp, slot number)` for a loader's warps, all of a block's tiles in order, `slots` slots a tile."""
+
+    def turn(index, carried):
+        del carried
+        for place, number in enumerate(numbers):
+            warp = w.iadd(loader, LOADERS * place)
+            tile = w.iadd(index, warp)
+            here = w.iadd(number, w.imul(w.idiv(index, plan.warps), slots))
+            w.when(w.less(tile, count), lambda tile=tile, warp=warp, here=here: fill(tile, warp, here))
         return []
 
-    w.loop(w.imax(w.iadd(count, w.imul(first, -1)), 0), LOADERS, [], fill)
-    return w.iadd(sequence, count)
+    w.loop(count, plan.warps, [], turn)
+    return [
+        w.iadd(number, w.imul(share_of(plan, count, w.iadd(loader, LOADERS * place)), slots))
+        for place, number in enumerate(numbers)
+    ]
 
 
-def load_cache(plan: Plan, pointers, ring: Ring, loader, lane, block, layer, sequence):
-    """Fills slots with a loader's share of a block's parts of the cache; returns the sequence after them."""
+def load_cache(plan: Plan, pointers, ring: Ring, loader, lane, block, layer, numbers):
+    """Fills slots of a loader's warps with a block's parts of the cache; `numbers` as in `load_matrix`."""
     itemsize = 1 if plan.quantized else 2
     row_bytes = plan.head_dim * itemsize
     names = ("key_scales", "key_minimums", "value_scales", "value_minimums")
@@ -128,36 +145,32 @@ def load_cache(plan: Plan, pointers, ring: Ring, loader, lane, block, layer, seq
         cached = w.imul(w.iadd(layer, plan.first_layer), plan.batch)
         line = w.imul(w.iadd(w.imul(w.iadd(cached, row), plan.kv_heads), head), plan.length)  # tokens before the head's
 
-        first, slots = first_slot(loader, sequence), w.imul(blocks, plan.cache_slots)
 
-        def fill(index, carried, line=line, low=low, sequence=sequence, first=first):
-            del carried
-            index = w.iadd(index, first)
-            token = w.iadd(line, w.imul(w.iadd(low, w.idiv(index, plan.cache_slots)), TOKENS))
-            data, extra, full, empty, parity = ring.slot(w.iadd(sequence, index))
+        def fill(index, warp, number, line=line, low=low):
+            token = w.iadd(line, w.imul(w.iadd(low, index), TOKENS))
             keys, values = (w.element(pointers[name], token, row_bytes) for name in ("keys", "values"))
-            d.barrier_wait(empty, w.ixor(parity, 1))
-            if plan.quantized:
-                copies, total = 6, 2 * TOKENS * row_bytes + 4 * 2 * TOKENS
-                source = d.pick(w.equal(lane, 0), keys, values)
-                target = w.offset(data, w.imul(lane, TOKENS * row_bytes))
-                for which, name in enumerate(names):
-                    mine = w.equal(lane, 2 + which)
-                    source = d.pick(mine, w.element(pointers[name], token, 2), source)
-                    target = d.pick(mine, w.offset(extra, which * 2 * TOKENS), target)
-                size = w.select(w.less(lane, 2), w.i32(TOKENS * row_bytes), w.i32(2 * TOKENS))
-            else:
-                copies, total = 1, TOKENS * row_bytes
-                source, target = d.pick(w.equal(w.irem(index, 2), 0), keys, values), data
-                size = w.i32(total)
-            w.when(w.equal(lane, 0), lambda: d.barrier_expect(full, w.i32(total)))
-            w.warp_barrier()
-            w.when(w.less(lane, copies), lambda: d.bulk_copy(target, source, size, full))
-            return []
+            for part in range(plan.cache_slots):
+                data, extra, full, empty, parity = ring.slot(warp, w.iadd(number, part))
+                d.barrier_wait(empty, w.ixor(parity, 1))
+                if plan.quantized:
+                    copies, total = 6, 2 * TOKENS * row_bytes + 4 * 2 * TOKENS
+                    source = d.pick(w.equal(lane, 0), keys, values)
+                    target = w.offset(data, w.imul(lane, TOKENS * row_bytes))
+                    for which, name in enumerate(names):
+                        mine = w.equal(lane, 2 + which)
+                        source = d.pick(mine, w.element(pointers[name], token, 2), source)
+                        target = d.pick(mine, w.offset(extra, which * 2 * TOKENS), target)
+                    size = w.select(w.less(lane, 2), w.i32(TOKENS * row_bytes), w.i32(2 * TOKENS))
+                else:
+                    copies, total = 1, TOKENS * row_bytes
+                    source, target, size = (keys, values)[part], data, w.i32(total)
+                w.when(w.equal(lane, 0), lambda full=full, total=total: d.barrier_expect(full, w.i32(total)))
+                w.warp_barrier()
+                copy = (target, source, size, full)
+                w.when(w.less(lane, copies), lambda copy=copy: d.bulk_copy(*copy))
 
-        w.loop(w.imax(w.iadd(slots, w.imul(first, -1)), 0), LOADERS, [], fill)
-        sequence = w.iadd(sequence, slots)
-    return sequence
+        numbers = _in_turn(plan, loader, blocks, plan.cache_slots, numbers, fill)
+    return numbers
 
 
 def load(plan: Plan, pointers, shared, loader, lane, block):
@@ -165,16 +178,16 @@ def load(plan: Plan, pointers, shared, loader, lane, block):
     ring = Ring(plan, shared)
 
     def layer_of(layer, carried):
-        [sequence] = carried
+        numbers = carried
         for name in ("qkv", "cache", "output", "gate_up", "down"):
             if name in plan.skip:
                 continue
             zero = d.load_volatile(shared["zero"])  # see layer._anew
             who = w.iadd(loader, zero), w.iadd(lane, zero), w.iadd(block, zero)
             if name == "cache":
-                sequence = load_cache(plan, pointers, ring, *who, layer, sequence)
+                numbers = load_cache(plan, pointers, ring, *who, layer, numbers)
             else:
-                sequence = load_matrix(plan, plan.matrix(name), pointers, ring, *who, layer, sequence)
-        return [sequence]
+                numbers = load_matrix(plan, plan.matrix(name), pointers, ring, *who, layer, numbers)
+        return numbers
 
-    w.loop(w.i32(plan.layers), 1, [w.i32(0)], layer_of)
+    w.loop(w.i32(plan.layers), 1, [w.i32(0)] * (plan.warps // LOADERS), layer_of)

@@ -157,7 +157,7 @@ def unsupported(shape: DecodeShape, chip: str) -> str | None:
         plan = plan_for(shape, MULTIPROCESSORS[chip])
     except ValueError as error:
         return str(error)
-    if plan.slots < 12:
+    if plan.slots < 2 * plan.warps:
         return f"{shape.batch} rows of {max(shape.hidden, shape.inner)} leave too little shared memory"
     return None
 
@@ -196,7 +196,7 @@ def plan_for(shape: DecodeShape, blocks: int, *, warps: int = WARPS, slots: int 
     _, rest = plan.regions()
     room = (plans.SHARED_BYTES - rest - 3 * 128) // (plans.SLOT_BYTES + plan.extra_stride + 16)
     room = room if slots is None else min(slots, room)
-    return dataclasses.replace(plan, slots=room // plans.LOADERS * plans.LOADERS)
+    return dataclasses.replace(plan, slots=room // warps * warps)
 
 
 def operands(plan, x_BD, weights: LayerWeights, lengths_B, rotary, key_rotary, logn_B):

@@ -134,8 +134,8 @@ class Plan:
         table_rows: leading size of the tables of all positions, 0 without them.
         matrices: qkv, output, gate_up, down.
         blocks: of the grid, all resident.
-        warps: that consume.
-        slots: of the ring, a multiple of `LOADERS`.
+        warps: that consume, a multiple of 4.
+        slots: of all warps' rings.
         splits: parts of each (row, key/value head) of the cache.
         skip: names of phases whose work is left out, to time the others (results are then meaningless).
     """

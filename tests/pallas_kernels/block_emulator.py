@@ -58,7 +58,7 @@ class Grid:
     """Runs `body(block, pointers, shared pointer)` on every warp of every block."""
 
     def __init__(self, blocks, warps, shared_bytes, body, seed=0):
-        self.random = np.random.default_rng(seed)
+        self.random, self.stubborn = np.random.default_rng(seed), seed % 2 == 1
         self.copies, self.warps, self.error = [], [], None
         self.turn = threading.Semaphore(0)
         for block in range(blocks):
@@ -83,7 +83,7 @@ class Grid:
                 self.turn.acquire()
                 if self.error is not None:
                     raise self.error
-                if self.random.random() < 0.3:
+                if not self.stubborn and self.random.random() < 0.3:
                     self.land()
             alive = [warp for warp in alive if not warp.done]
             if not progress and not self.land(every=True) and alive:
@@ -91,10 +91,14 @@ class Grid:
                 raise Deadlock(f"{len(alive)} warps wait: {dict(list(waits.items())[:12])}")
 
     def land(self, every=False):
-        """Finishes some of the copies in flight; whether there were any."""
-        count = len(self.copies) if every else int(self.random.integers(0, len(self.copies) + 1))
+        """Finishes some of the copies in flight, or one where nothing else can go on; whether there were any.
+
+        Odd seeds: the newest first and none before it must, so that a copy may be overtaken by all that follow it.
+        """
+        count = min(len(self.copies), 1) if every else int(self.random.integers(0, len(self.copies) + 1))
         for _ in range(count):
-            target, at, data, barrier = self.copies.pop(int(self.random.integers(0, len(self.copies))))
+            which = -1 if self.stubborn else int(self.random.integers(0, len(self.copies)))
+            target, at, data, barrier = self.copies.pop(which)
             target.bytes[at : at + len(data)] = data
             barrier.bytes -= len(data)
             barrier.settle()

@@ -205,7 +205,7 @@ def check(case, plan, limit=1.5e-2):
         (dict(), 3, dict(splits=2)),
         (dict(batch=3, lengths=(1, 64, 30), heads=4, kv_heads=1, logn=True, table_rows=3), 4, dict(splits=1)),
         (dict(batch=2, lengths=(17, 33), quantized=False, qk_norm=True), 2, dict(splits=3)),
-        (dict(group_size=32, zeros=True, heads=8, kv_heads=1, lengths=(50,), window=20), 7, dict(splits=2, slots=5)),
+        (dict(group_size=32, zeros=True, heads=8, kv_heads=1, lengths=(50,), window=20), 7, dict(splits=2, slots=8)),
         (dict(bits=8, group_size=64, bias=False, lengths=(64,)), 5, dict(splits=4)),
     ],
 )
