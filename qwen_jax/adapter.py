@@ -142,5 +142,5 @@ def _whole(array: np.ndarray, names, sharded: ShardedWeights | None):
 def _table(data_VD: np.ndarray, dtype: str, kernels: str, sharded: ShardedWeights | None) -> Linear:
     weight = DenseTensor(np.asarray(data_VD).astype(jnp.dtype(dtype)), dtype, data_VD.shape[1], "transposed")
     if sharded is not None:
-        return sharded._vocabulary(weight, None)
+        return sharded.table(weight)
     return Linear(pack(weight, kernels), axes=("hidden", "vocabulary"), kernels=kernels)

@@ -88,6 +88,7 @@ class QwenForCausalLM:
         max_length: int | None = None,
         lm_head: str | None = None,
         adapter: str | Path | None = None,
+        one_launch: bool = False,
         progress: Progress | None = None,
     ) -> "QwenForCausalLM":
         """Loads a Hub id, a Hugging Face folder (float, GPTQ, compressed-tensors) or a folder written by `convert`.
@@ -104,6 +105,8 @@ class QwenForCausalLM:
             lm_head: "int8" rounds the output projection to 8 bits (other numbers than the checkpoint's); None keeps it.
             adapter: a LoRA adapter's folder, of PEFT or of `qwen-jax finetune`: it runs beside the weights, which stay
                 as they are.
+            one_launch: on one Hopper GPU, decode few rows with all layers in one kernel launch: faster, and not the
+                default before its last form has run on a card. Where it cannot, a warning says why.
             progress: called with the bytes of Hugging Face files read so far and their number.
 
         Raises:
@@ -124,7 +127,14 @@ class QwenForCausalLM:
         weights = checkpoint_store.open_weights(
             folder, dtype=dtype, kernels=kernels, lm_head=lm_head, mesh=mesh, progress=progress
         )
-        decoder = Decoder(weights.config, weights, dtype=dtype, kernels=kernels, unroll=jax.default_backend() == "gpu")
+        decoder = Decoder(
+            weights.config,
+            weights,
+            dtype=dtype,
+            kernels=kernels,
+            unroll=jax.default_backend() == "gpu",
+            one_launch=one_launch,
+        )
         if adapter is not None:
             whole: ModelConfig = getattr(weights, "whole_config", weights.config)
             decoder = apply_adapter(decoder, peft.read(adapter, whole), weights, dtype=dtype, kernels=kernels)

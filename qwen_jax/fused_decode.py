@@ -1,7 +1,8 @@
 """A decode step of a whole block of layers in one kernel launch, where the block is what that kernel takes.
 
 Few rows leave a GPU waiting for launches: eleven kernels a layer, each with its first bytes' latency. The kernel of
-`pallas_kernels.decode_step` walks all layers of a block instead. Everything else takes the layers one by one.
+`pallas_kernels.decode_step` walks all layers of a block instead, where it is asked for (`one_launch`): its last form
+has not run on a card yet (benchmarks/results/h100_decode.md). Everything else takes the layers one by one.
 """
 
 import functools
@@ -61,9 +62,11 @@ def refusal(block, hidden_BTD, kv, kernels: str) -> str | None:
 def run(block, hidden_BTD, step, kv):
     """(hidden_BTD, kv) after all layers of the block; `refusal` must be None."""
     attention, rotary = block.attention, step.rotary
+    weights = layer_weights(block)
+    assert not isinstance(weights, str), weights
     hidden_BD, kv = decode_step.run(
         hidden_BTD[:, 0],
-        layer_weights(block),
+        weights,
         kv,
         step.lengths_B,
         (rotary.cos_BTK[:, 0], rotary.sin_BTK[:, 0]),
@@ -79,6 +82,9 @@ def run(block, hidden_BTD, step, kv):
 
 @functools.cache
 def log_choice(layers: range, reason: str | None) -> None:
-    """Says once which form decodes a block."""
-    form = "one launch for all layers" if reason is None else f"a kernel at a time (not in one launch: {reason})"
-    _logger.info("decode of layers %d–%d: %s", layers.start, layers.stop - 1, form)
+    """Says once which form decodes a block, where one launch was asked for."""
+    where = f"decode of layers {layers.start}–{layers.stop - 1}"
+    if reason is None:
+        _logger.info("%s: one launch", where)
+    else:
+        _logger.warning("%s: one_launch was asked for, but a kernel at a time runs: %s.", where, reason)

@@ -258,17 +258,28 @@ def _attention(config: ModelConfig, chip: str, kernels: str, dtype: str) -> list
 
 
 def _decode_step(config: ModelConfig, matrices: list[Matrix], chip: str, kernels: str, dtype: str) -> str:
-    """How the layers of a decode step run: in one launch, or a kernel at a time and why."""
+    """How the layers of a decode step run: a kernel at a time, or on demand in one launch for so many rows."""
     reason = None if kernels in ("auto", "mosaic_gpu") else f"kernels={kernels!r} is asked for"
     stacks = [m for m in matrices if m.layers]
     if reason is None and chip not in decode_step.MULTIPROCESSORS:
         reason = f"it is written for {', '.join(decode_step.MULTIPROCESSORS)}"
     if reason is None and (len(stacks) % 4 or any(m.bits is None for m in stacks)):
         reason = "layers are not four quantized matrices each"
-    for start in range(0, len(stacks) if reason is None else 0, 4):
+    if reason is None:
+        refusals = {rows: _refusal(config, stacks, chip, dtype, rows) for rows in range(1, decode_step.MOST_ROWS + 1)}
+        most = max((rows for rows, refusal in refusals.items() if refusal is None), default=0)
+        if most:
+            return f"a kernel at a time; with one_launch=True up to {most} rows in one launch"
+        reason = refusals[1]
+    return f"a kernel at a time (one_launch=True changes nothing: {reason})"
+
+
+def _refusal(config: ModelConfig, stacks: list[Matrix], chip: str, dtype: str, rows: int) -> str | None:
+    """Why one launch cannot take so many rows; None where it can."""
+    for start in range(0, len(stacks), 4):
         block = zip(decode_step.MATRICES, stacks[start : start + 4], strict=True)
         shape = decode_step.DecodeShape(
-            batch=1,
+            batch=rows,
             hidden=config.hidden_size,
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
@@ -276,7 +287,7 @@ def _decode_step(config: ModelConfig, matrices: list[Matrix], chip: str, kernels
             inner=config.intermediate_size,
             layers=stacks[start].layers,
             length=PREFILL_ROWS,
-            cache=config.num_layers * config.num_kv_heads * PREFILL_ROWS,
+            cache=config.num_layers * rows * config.num_kv_heads * PREFILL_ROWS,
             quantized=True,
             dtype=dtype,
             norm_dtype="float32",
@@ -286,7 +297,6 @@ def _decode_step(config: ModelConfig, matrices: list[Matrix], chip: str, kernels
                 for name, m in block
             ),
         )
-        reason = reason or decode_step.unsupported(shape, chip)
-    if reason is None:
-        return f"up to {decode_step.MOST_ROWS} rows: all in one launch; more: a kernel at a time"
-    return f"a kernel at a time (not in one launch: {reason})"
+        if (reason := decode_step.unsupported(shape, chip)) is not None:
+            return reason
+    return None

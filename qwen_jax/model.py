@@ -184,14 +184,21 @@ class Decoder(nnx.Module):
     """Token ids to logits."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, *, dtype: str, kernels: str = "auto", unroll: bool = False
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        dtype: str,
+        kernels: str = "auto",
+        unroll: bool = False,
+        one_launch: bool = False,
     ):
         self.embedding = weights.embedding()
         self.blocks = nnx.List([DecoderLayer(config, weights, layers, kernels) for layers in weights.blocks()])
         self.final_norm = weights.norm("final_norm", None)
         self.lm_head = weights.head()
         self.config, self.dtype, self.unroll = config, dtype, unroll
-        self.one_launch = True  # where a kernel can: see `fused_decode`
+        self.one_launch = one_launch  # where a kernel can: see `fused_decode`
 
     def hidden(self, ids_BT, step: Step, kv: KVArrays | None):
         """Token ids int32 [B, T] to the last layer's normalised output [B, T, D], and the cache."""

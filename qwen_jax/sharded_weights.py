@@ -214,7 +214,6 @@ class ShardedWeights(CheckpointWeights):
 
     def _vocabulary(self, path: str, head: bool = False) -> VocabularyLinear:
         ids_NV = split_vocabulary(self.config.vocab_size, self.placement.model)
-        axes = ("hidden", "vocabulary")
         module, cut_NV = self._read(path, columns_NO=ids_NV)
         weight, bias = module.weight, module.bias
         cuts: dict[int, Any] = {}
@@ -223,10 +222,20 @@ class ShardedWeights(CheckpointWeights):
         if head and self.int8_head and isinstance(weight, DenseTensor):
             cuts = {number: quantize_head(cut) for number, cut in cuts.items()}
         del module, weight
-        tensor = place(self.placement, cuts, axes, self.kernels)
         if bias is not None:
             bias_NV = np.stack([take_bias(bias, ids_V) for ids_V in ids_NV])
-            bias = self.placement.put(lambda number: bias_NV[number], axes[1:])
+            bias = self.placement.put(lambda number: bias_NV[number], ("vocabulary",))
+        return self._vocabulary_linear(cuts, bias)
+
+    def table(self, weight: DenseTensor) -> VocabularyLinear:
+        """A whole token table [D, V] that does not come from the checkpoint, each device holding its ids."""
+        ids_NV = split_vocabulary(self.config.vocab_size, self.placement.model)
+        cuts = {number: self._kept(take_columns(weight, ids_NV[number])) for number in self.placement.numbers}
+        return self._vocabulary_linear(cuts, None)
+
+    def _vocabulary_linear(self, cuts: dict[int, Any], bias) -> VocabularyLinear:
+        axes = ("hidden", "vocabulary")
+        tensor = place(self.placement, cuts, axes, self.kernels)
         return VocabularyLinear(
             tensor,
             bias,

@@ -1,4 +1,4 @@
-"""Attention of one new token over the cache, by warps that each take 16 tokens at a time; the newest joins in shared memory.
+"""Attention of one new token over the cache: warps take 16 tokens at a time, the newest joins in shared memory.
 
 The arithmetic is `kv_attention.mosaic_gpu_tile`'s (see there for 8 bits as float16, scales in exponents) and the keys'
 bias `kv_attention.mosaic_gpu_key_bias`'s, laid out for warps on their own and for cache rows without a swizzle. The
@@ -243,7 +243,7 @@ def merge(plan: Plan, state, shared, partial, statistics, index, warp, lane):
 
 
 def store_table(plan: Plan, table, cos, sin, slot, warp, lane):
-    """Warps 0 … 7 put cos and sin of the first 16 positions into `table`, high parts then low, as operand A holds them."""
+    """Warps 0 … 7 put cos, sin of the first 16 positions into `table`, high parts then low, as operand A has them."""
     pairs = plan.head_dim // 2
     g, t = w.idiv(lane, 4), w.irem(lane, 4)
 

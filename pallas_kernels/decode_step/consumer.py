@@ -3,8 +3,8 @@
 `reach` is the only place where blocks wait for each other.
 """
 
-from pallas_kernels.decode_step import matmul
 from pallas_kernels.decode_step import instructions as d
+from pallas_kernels.decode_step import matmul
 from pallas_kernels.decode_step.loader import Ring, first_strip, share_of, tiles_of
 from pallas_kernels.decode_step.plan import STRIP, Matrix, Plan
 from pallas_kernels.kv_attention import warp as w
@@ -88,7 +88,10 @@ class Consumer:
             for distance in (16, 8, 4, 2, 1):
                 total = w.add(total, w.shuffle_xor(total, distance))
             where = w.imul(w.iadd(w.imul(self.warp, plan.batch), row), 4)
-            w.when(w.equal(self.lane, 0), lambda where=where, total=total: w.store_floats(self.shared["small"], where, [total]))
+            w.when(
+                w.equal(self.lane, 0),
+                lambda where=where, total=total: w.store_floats(self.shared["small"], where, [total]),
+            )
         self.meet()
         for row, pieces in enumerate(rows):
             total = w.f32(0.0)
@@ -103,7 +106,9 @@ class Consumer:
                         factors = [w.as_float(scale[2 * index + e]) for e in range(2)]
                     else:
                         factors = w.unpack(scale[index], "bf16")
-                    new.append(w.pack(*(w.mul(w.mul(v, inverse), f) for v, f in zip(values, factors, strict=True)), "bf16"))
+                    new.append(
+                        w.pack(*(w.mul(w.mul(v, inverse), f) for v, f in zip(values, factors, strict=True)), "bf16")
+                    )
                 where = w.iadd(w.imul(first, 2), row * plan.x_stride)
                 w.when(exists, lambda where=where, new=new: w.store_words(x, where, new))
         self.meet()
@@ -173,7 +178,10 @@ class Consumer:
     # -- phases ---------------------------------------------------------------------------------------------------
 
     def multiply(self, matrix: Matrix, number, put, finish):
-        """One projection: `put()` fills x, `finish(row, column)` gives what stores a result from its sums (one, or gate and up)."""
+        """One projection: `put()` fills x, `finish(row, column)` gives what stores a result from its sums.
+
+        Sums are one number, or gate and up.
+        """
         plan, count = self.plan, tiles_of(matrix, self.block)
 
         def work():

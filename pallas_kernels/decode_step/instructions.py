@@ -106,7 +106,8 @@ def bulk_copy(target, source, bytes_, barrier):
     Every byte is read once a step: the L2 cache is told to drop it first.
     """
     text = "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
-    text += "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$0], [$1], $2, [$3], policy; }"
+    text += "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+    text += "[$0], [$1], $2, [$3], policy; }"
     w.asm(text, [], target, source, bytes_, barrier)
 
 

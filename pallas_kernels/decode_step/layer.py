@@ -126,6 +126,7 @@ def _cache(me: Consumer, layer, number, meetings):
             terms = attention.bias_terms(plan, shared["query"], biases, lane) if plan.biased else []
             oldest = w.i32(0) if plan.window is None else w.iadd(valid, -plan.window)
             scratch = w.offset(shared["x"], w.imul(warp, 2 * plan.share * 256))
+
             def step(index, carried):
                 state, turn = carried[: attention.state_size(plan)], carried[attention.state_size(plan) :]
                 place = w.iadd(low, index, warp)

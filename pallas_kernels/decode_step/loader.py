@@ -1,12 +1,12 @@
 """The warps that fill the ring: every byte of weights and cache that a block needs, in the order of the consumers.
 
-Each serves some of the consuming warps and never waits for a phase of the layer, only for room, so that memory works on while the blocks meet at barriers.
+Each serves some of the consuming warps and never waits for a phase of the layer, only for room, so that memory works on
+while the blocks meet at barriers.
 """
 
 from pallas_kernels.decode_step import instructions as d
 from pallas_kernels.decode_step.plan import LOADERS, SLOT_BYTES, STRIP, TOKENS, Matrix, Plan
 from pallas_kernels.kv_attention import warp as w
-
 
 
 class Ring:
@@ -83,7 +83,9 @@ def load_matrix(plan: Plan, matrix: Matrix, pointers, ring: Ring, loader, lane, 
         w.imul(row, matrix.extra_bytes), matrix.groups * matrix.scale_bytes, w.imul(group, matrix.zero_bytes)
     )
     extra_at = w.select(is_scale, scale_at, zero_at)
-    size = w.select(is_packed, w.i32(width * unit), w.select(is_scale, w.i32(matrix.scale_bytes), w.i32(matrix.zero_bytes)))
+    size = w.select(
+        is_packed, w.i32(width * unit), w.select(is_scale, w.i32(matrix.scale_bytes), w.i32(matrix.zero_bytes))
+    )
     packed_layer = w.element(pointers[f"{name}.packed"], w.imul(layer, matrix.chunks), matrix.stored_strips * unit)
     scales_layer = w.element(pointers[f"{name}.scales"], w.imul(layer, matrix.scale_rows), matrix.columns * 2)
     zeros_layer = scales_layer
@@ -144,7 +146,6 @@ def load_cache(plan: Plan, pointers, ring: Ring, loader, lane, block, layer, num
         blocks = w.select(exists, w.iadd(high, w.imul(low, -1)), w.i32(0))
         cached = w.imul(w.iadd(layer, plan.first_layer), plan.batch)
         line = w.imul(w.iadd(w.imul(w.iadd(cached, row), plan.kv_heads), head), plan.length)  # tokens before the head's
-
 
         def fill(index, warp, number, line=line, low=low):
             token = w.iadd(line, w.imul(w.iadd(low, index), TOKENS))

@@ -242,7 +242,7 @@ class Plan:
 def divide(name: str, half_out: int, halves: int, bits: int, warps: int, blocks: int, chunks: int, most: int = 4):
     """(parts, width, rows) of a matrix's tiles: as few parts as let a chunk of a part fit a slot."""
     units = min(most, SLOT_BYTES // (256 * bits))
-    strips = -(-(-(-half_out // STRIP)) // blocks)
+    strips = math.ceil(math.ceil(half_out / STRIP) / blocks)
     parts = next((p for p in (1, 2, 4, 8) if -(-strips // p) <= units and warps % (p * halves) == 0), None)
     if parts is None:
         raise ValueError(f"{name}: {strips} strips a block do not divide among {warps} warps.")

@@ -11,6 +11,7 @@ import logging
 from pallas_kernels.chip import default_chip
 from pallas_kernels.kv_attention import mosaic_gpu, mosaic_tpu, mosaic_tpu_prefill, xla
 from pallas_kernels.kv_attention.tensor import KVArrays
+from pallas_kernels.quantized_matmul.stack import take_layer
 
 KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla}  # best first; xla takes everything
 
@@ -118,7 +119,7 @@ def attend_decode(
     """
     kernel = _kernel(kv, query_BHK.shape[1], query_BHK.dtype, kernels)
     if key_bias_layer is not None and not getattr(kernel, "TAKES_STACKED_BIAS", False):
-        key_bias_GK, key_bias_layer = key_bias_GK[key_bias_layer], None
+        key_bias_GK, key_bias_layer = take_layer(key_bias_GK, key_bias_layer), None
     stacked = {} if key_bias_layer is None else {"key_bias_layer": key_bias_layer}
     return kernel.attend_decode(
         query_BHK,

@@ -60,6 +60,7 @@ def build(
     kernels: str = "auto",
     layers: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    one_launch: bool = False,
 ) -> Decoder:
     """A model of the named dimensions with random weights; `layers` shortens it, `mesh` spreads it over devices."""
     config = MODELS[name]
@@ -70,7 +71,8 @@ def build(
     else:
         source = cast(Checkpoint, RandomCheckpoint(config, bits=bits, dtype=dtype))
         weights = ShardedWeights(source, mesh, dtype=dtype, kernels=kernels)
-    return Decoder(weights.config, weights, dtype=dtype, kernels=kernels, unroll=jax.default_backend() == "gpu")
+    unroll = jax.default_backend() == "gpu"
+    return Decoder(weights.config, weights, dtype=dtype, kernels=kernels, unroll=unroll, one_launch=one_launch)
 
 
 def programs_of(decoder: Decoder, mesh: jax.sharding.Mesh | None = None) -> Programs:

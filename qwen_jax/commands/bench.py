@@ -11,6 +11,7 @@ from .common import Debug, Json, Kernels, print_json, status
 EXAMPLES = """
 qwen-jax bench decode --model qwen-7b --bits 4 --kv-bits 8 --batch 1 --context 2048
 qwen-jax bench decode --model qwen-1.8b --batch 1 --batch 8 --batch 32 --output decode.json
+qwen-jax bench decode --model qwen-7b --one-launch
 qwen-jax bench decode --model qwen-72b --mesh 1x2 --check
 qwen-jax bench prefill --model qwen2.5-7b --context 2048
 """
@@ -25,6 +26,7 @@ Context = Annotated[list[int], typer.Option(help="Tokens in the cache or prompt;
 Layers = Annotated[int | None, typer.Option(help="Only so many layers, for a quick look.", min=1)]
 Mesh = Annotated[str | None, typer.Option(help="Devices for rows x for each layer, as 1x2.", metavar="DxM")]
 Check = Annotated[bool, typer.Option("--check", help="With --mesh: also time one device, and compare greedy tokens.")]
+OneLaunch = Annotated[bool, typer.Option("--one-launch", help="All layers of a step in one launch (Hopper).")]
 Dtype = Annotated[str, typer.Option(help="Of activations and float weights.")]
 Rounds = Annotated[int, typer.Option(help="Timed repetitions, after a warm-up.", min=1)]
 Output = Annotated[Path | None, typer.Option(help="Also write results, device and versions here as JSON.")]
@@ -50,6 +52,7 @@ def decode(
     layers: Layers = None,
     mesh: Mesh = None,
     check: Check = False,
+    one_launch: OneLaunch = False,
     dtype: Dtype = "bfloat16",
     kernels: Kernels = "auto",
     rounds: Rounds = 5,
@@ -58,7 +61,24 @@ def decode(
     debug: Debug = False,
 ):
     """Time whole decode steps, beside the bytes that they must read and a copy's rate in the same run."""
-    _model("decode", model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json)
+    options = dict(one_launch=one_launch)
+    _model(
+        "decode",
+        model,
+        bits,
+        kv_bits,
+        batch,
+        context,
+        layers,
+        mesh,
+        check,
+        dtype,
+        kernels,
+        rounds,
+        output,
+        json,
+        options,
+    )
 
 
 @run.command(epilog=_examples("prefill"))
@@ -83,7 +103,7 @@ def prefill(
 
 
 def _model(
-    what, model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json
+    what, model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json, options=None
 ) -> None:
     """`decode` and `prefill`: a model for each number of bits, then every case."""
     import dataclasses
@@ -104,7 +124,9 @@ def _model(
     results: list[dict[str, Any]] = []
     for weight_bits in bits:
         with status(f"Making random weights of {model}"):
-            decoder = decode.build(model, bits=weight_bits, dtype=dtype, kernels=kernels, layers=layers, mesh=devices)
+            decoder = decode.build(
+                model, bits=weight_bits, dtype=dtype, kernels=kernels, layers=layers, mesh=devices, **(options or {})
+            )
         cases = [
             {"bits": weight_bits, "kv_bits": cache_bits, "batch": rows, "context": length}
             for cache_bits in kv_bits

@@ -244,7 +244,8 @@ def to_byte(x):
 def permute(a, b, selector):
     b = np.broadcast_to(_int(b), (LANES,)).copy()
     eight = np.concatenate([a[:, None].view(np.uint8), b[:, None].view(np.uint8)], axis=1)
-    return np.ascontiguousarray(np.stack([eight[:, selector >> 4 * n & 15] for n in range(4)], axis=1)).view(np.int32)[:, 0]
+    bytes_ = np.stack([eight[:, selector >> 4 * n & 15] for n in range(4)], axis=1)
+    return np.ascontiguousarray(bytes_).view(np.int32)[:, 0]
 
 
 def pack(low, high, half):

@@ -1,10 +1,9 @@
-"""The persistent decode kernel's code, all warps of a small grid on the emulator, against NumPy float64; lowering for CUDA."""
+"""The persistent decode kernel's code: all warps of a small grid on the emulator, against NumPy in float64."""
 
 import dataclasses
 import importlib.util
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 from pallas_kernels.decode_step import (
     attention,
     consumer,
-    instructions,
     kernel,
     layer,
     loader,

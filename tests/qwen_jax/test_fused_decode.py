@@ -24,7 +24,7 @@ def build(base: str, **changes):
     small |= dict(num_kv_heads=4 if base == "qwen-7b" else 2, head_dim=128, sliding_layers=(False,) * 2)
     config = dataclasses.replace(MODELS[base], **small)
     weights = RandomWeights(config, bits=changes.pop("bits", 4), dtype="bfloat16")
-    return Decoder(config, weights, dtype="bfloat16", unroll=True)
+    return Decoder(config, weights, dtype="bfloat16", unroll=True, one_launch=True)
 
 
 def launches(decoder, rows: int, quantized: bool) -> int:
