@@ -2,11 +2,13 @@
 
     python benchmarks/peers/torch_matmul.py --shapes 4096x11008 --rows 1 16 64
 
-Median µs a call: CUDA-graph replays over rotating weights of more than 256 MB. Prints one JSON line a measurement.
+Median µs a call: replays of a CUDA graph of 60 calls or more (12 from 512 rows up) over rotating weights of more than
+256 MB. Prints one JSON line a measurement.
 """
 
 import argparse
 import json
+import math
 
 import torch
 
@@ -14,8 +16,16 @@ SHAPES = ("4096x11008", "4096x12288", "11008x4096", "2048x5504", "8192x24576")
 ROTATE_BYTES = 280e6
 
 
-def graph_time(calls, repeats: int = 15) -> float:
-    """Median µs a call of a captured graph of `calls` (functions without arguments)."""
+def graph_time(calls, rows: int, repeats: int = 15) -> float:
+    """Median µs a call of a captured graph.
+
+    Args:
+        calls: functions without arguments, one for each of the rotating weights.
+        rows: of the activations: fewer calls make the graph where one is long.
+        repeats: replays, each timed.
+    """
+    calls = list(calls) * math.ceil((60 if rows < 512 else 12) / len(calls))
+    torch.cuda.synchronize()  # operands are made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -23,18 +33,46 @@ def graph_time(calls, repeats: int = 15) -> float:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = [call() for call in calls]
+        for call in calls:
+            call()
+    graph.replay()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
-        graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / 2 / len(calls))
-    del outputs
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
     return sorted(times)[repeats // 2]
+
+
+def report(peer: str, in_features: int, out_features: int, rows: int, make, size: float) -> None:
+    """Measures and prints one JSON line; a case that cannot run is printed as such.
+
+    Args:
+        peer: its name.
+        in_features: of the matrix.
+        out_features: likewise.
+        rows: of the activations.
+        make: as `tinygemm`.
+        size: bytes of a matrix.
+    """
+    record = {
+        "peer": peer,
+        "kind": "matmul",
+        "in": in_features,
+        "out": out_features,
+        "rows": rows,
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
+    try:
+        calls = make(rows, in_features, out_features, max(4, int(ROTATE_BYTES // size) + 1))
+        record["us"] = round(graph_time(calls, rows), 2)
+    except Exception as error:
+        record["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    print(json.dumps(record), flush=True)
 
 
 def tinygemm(rows: int, in_features: int, out_features: int, count: int):
@@ -62,30 +100,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 4, 8, 16, 32, 64, 256, 2048])
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(3, "torch_matmul.py: no CUDA device.\n")
     for shape in arguments.shapes:
         in_features, out_features = map(int, shape.split("x"))
-        for name, make, limit, size in (
-            ("tinygemm", tinygemm, 16, in_features * out_features // 2),
+        for peer, make, limit, size in (
+            ("tinygemm", tinygemm, 16, in_features * out_features / 2),
             ("cublas", cublas, 1 << 30, in_features * out_features * 2),
         ):
             for rows in arguments.rows:
-                if rows > limit:  # measured elsewhere: 4 to 15 times slower than the others from there
-                    continue
-                microseconds = graph_time(make(rows, in_features, out_features, max(4, int(ROTATE_BYTES // size) + 1)))
-                print(
-                    json.dumps(
-                        {
-                            "kernel": name,
-                            "in": in_features,
-                            "out": out_features,
-                            "rows": rows,
-                            "us": round(microseconds, 2),
-                            "card": torch.cuda.get_device_name(),
-                            "torch": torch.__version__,
-                        }
-                    ),
-                    flush=True,
-                )
+                if rows <= limit:  # above, measured elsewhere, it takes 4 to 15 times as long as the others
+                    report(peer, in_features, out_features, rows, make, size)
 
 
 if __name__ == "__main__":
