@@ -54,7 +54,7 @@ def problems(notebook) -> list[str]:
             )
             if match := MACHINE_PATH.search(text):
                 found.append(f"code cell {number} prints a path: {text[match.start() : match.start() + 60]!r}")
-            if "Traceback" in text:
+            if "Traceback (most recent call last)" in text:
                 found.append(f"code cell {number} prints a traceback")
     if notebook.metadata.get("qwen_jax", {}).get("source_sha256") != runner.source_hash(notebook):
         found.append("the outputs are of other code; run `make notebooks`")
