@@ -132,6 +132,7 @@ def reference(model: Model, x, weights: op.LayerWeights, kv: KVArrays, lengths, 
 
     x, written = x.astype(jnp.float32), []
     for layer in range(weights.attention_norm.shape[0]):
+
         def full(name, layer=layer):
             return mosaic_gpu.dequantize(getattr(weights, name), layer)
 
@@ -285,9 +286,7 @@ def main() -> None:
     for name in options.models:
         for cache in options.caches:
             for batch in options.batch:
-                records += measure(
-                    name, batch, options.context, cache == "int8", variants, options.phases, chip, copy
-                )
+                records += measure(name, batch, options.context, cache == "int8", variants, options.phases, chip, copy)
     if options.output:
         pathlib.Path(options.output).write_text(json.dumps(records, indent=1) + "\n")
 
