@@ -22,6 +22,7 @@ from qwen_jax.quantize.grids import HALF_MAX, PRECISION, Grid, find_grid, round_
 logger = logging.getLogger("qwen_jax")
 
 BLOCK = 32  # rows whose mutual corrections are made one by one; those of earlier rows come in one product
+AUTOGPTQ_BLOCK = 128  # rows after which AutoGPTQ's errors reach the weights that it takes scales from
 LARGEST_DAMP = 1.0
 
 ORDERS = ("natural", "activation", "group_aware")
@@ -41,7 +42,8 @@ class MatrixSettings:
         static_groups: scales from the weights as they are, before any rounding; act-order then leaves groups alone.
         damp: part of H's mean diagonal that is added to its diagonal; raised by itself when that is not enough.
         scale_search: choose each scale by the squared error it makes, weighted by what an error of the row costs, else
-            from the group's extremes as AutoGPTQ does.
+            from the group's extremes as AutoGPTQ does, whose groups of fewer than 128 rows do not see the errors made
+            in their own block of 128.
         smallest_zero: lowest zero-point of an asymmetric grid: 1 where the file stores zero-points minus 1.
     """
 
@@ -121,18 +123,20 @@ def quantize_matrix(
         )
     grid = Grid(settings.bits, settings.sym, settings.scale_search, settings.smallest_zero)
 
-    padded = len(plan.row_R)
+    behind = 0 if settings.scale_search or AUTOGPTQ_BLOCK % plan.chunk else AUTOGPTQ_BLOCK
+    padded = -(-len(plan.row_R) // behind) * behind if behind else len(plan.row_R)
     row_R, place_I = jnp.asarray(plan.row_R), jnp.asarray(plan.place_I)
     lower_RR = jnp.zeros((padded, padded)).at[place_I[:, None], place_I].set(lower_II)
     loading_R = jnp.zeros(padded).at[place_I].set(loading_I)
     target_RO = jnp.where(row_R[:, None] >= 0, target_IO[row_R], 0.0)
+    target_RO = jnp.pad(target_RO, ((0, padded - len(row_R)), (0, 0)))
     static = None
     if settings.static_groups and plan.groups > 1:
         loading_of_row_I = jnp.zeros(in_features).at[plan.order_I].set(loading_I)
         static = static_grids(target_IO, loading_of_row_I, plan.groups, plan.group_size, grid)
         static = (*static, jnp.asarray(np.maximum(plan.row_R, 0) // plan.group_size))
     q_RO, scales_CO, zeros_CO = _solve(
-        target_RO, lower_RR, loading_R, static, chunk=plan.chunk, step=plan.step, grid=grid
+        target_RO, lower_RR, loading_R, static, chunk=plan.chunk, step=plan.step, grid=grid, behind=behind
     )
     if static is not None:
         scales_CO, zeros_CO = static[:2]
@@ -287,8 +291,8 @@ def _moved(weight_IO, lower_II, loading_I, order_I, cross_IO, mean):
 # -- rounding --------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "step", "grid"))
-def _solve(target_RO, lower_RR, loading_R, static, *, chunk: int, step: int, grid: Grid):
+@functools.partial(jax.jit, static_argnames=("chunk", "step", "grid", "behind"))
+def _solve(target_RO, lower_RR, loading_R, static, *, chunk: int, step: int, grid: Grid, behind: int):
     """Integers [R, out], and each chunk's scales and zero-points [chunks, out].
 
     Args:
@@ -299,6 +303,7 @@ def _solve(target_RO, lower_RR, loading_R, static, *, chunk: int, step: int, gri
         chunk: rows of a chunk.
         step: rows of a block.
         grid: what grids may be.
+        behind: 0, or rows of a block (whole chunks) whose own errors its chunks' grids do not see.
     """
     R, out_features = target_RO.shape
     chunks = R // chunk
@@ -310,14 +315,18 @@ def _solve(target_RO, lower_RR, loading_R, static, *, chunk: int, step: int, gri
         error_RO, q_RO, scales_CO, zeros_CO = carry
         start = c * chunk
         target_rO = lax.dynamic_slice(target_RO, (start, 0), (chunk, out_features))
-        lower_rR = lax.dynamic_slice(lower_RR, (start, 0), (chunk, R))
         if static is None:
             expected_rO = target_rO
             if chunks > 1:  # where the rows of this chunk would best stand, given the errors made so far
-                inside_rr = lax.dynamic_slice(lower_rR, (0, start), (chunk, chunk))
-                expected_rO = target_rO - jax.scipy.linalg.solve_triangular(
-                    inside_rr, pull(lower_rR, error_RO), lower=True, unit_diagonal=True
+                rows = behind or chunk
+                first = start // rows * rows
+                lower_sR = lax.dynamic_slice(lower_RR, (first, 0), (rows, R))
+                inside_ss = lax.dynamic_slice(lower_sR, (0, first), (rows, rows))
+                before_RO = jnp.where((jnp.arange(R) < first)[:, None], error_RO, 0.0)
+                move_sO = jax.scipy.linalg.solve_triangular(
+                    inside_ss, pull(lower_sR, before_RO), lower=True, unit_diagonal=True
                 )
+                expected_rO = target_rO - lax.dynamic_slice(move_sO, (start - first, 0), (chunk, out_features))
             loading_r = lax.dynamic_slice(loading_R, (start,), (chunk,))
             scale_O, zero_O = find_grid(expected_rO, loading_r, grid)
             scales_CO, zeros_CO = scales_CO.at[c].set(scale_O), zeros_CO.at[c].set(zero_O)

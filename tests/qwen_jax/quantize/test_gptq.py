@@ -60,10 +60,12 @@ def textbook(weight_IO, hessian_II, settings: MatrixSettings):
     upper_II = np.linalg.cholesky(np.linalg.inv(damped_II[order][:, order])).T
     work_RO, out_RO = weight_IO[order].astype(np.float64).copy(), np.zeros_like(weight_IO, np.float64)
     for r in range(in_features):
+        if r % 128 == 0 or 128 % group_size:  # AutoGPTQ's blocks: scales from the weights as they were before the block
+            before_RO = work_RO.copy()
         group = group_of[order[r]]
         if grids[group] is None:  # the first row of its group: the others follow at once in all dynamic orders
             members = np.flatnonzero(group_of[order] == group)
-            grids[group] = span_grid(work_RO[members], settings.bits, settings.sym, settings.smallest_zero)
+            grids[group] = span_grid(before_RO[members], settings.bits, settings.sym, settings.smallest_zero)
         scale_O, zero_O = grids[group]
         q_O = np.clip(np.rint(work_RO[r] / scale_O) + zero_O, 0, 2**settings.bits - 1)
         out_RO[r] = scale_O * (q_O - zero_O)
