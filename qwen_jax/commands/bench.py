@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Debug, Json, Kernels, print_json, status
+from .common import Debug, Json, Kernels, print_json, progress_bars, status
 
 EXAMPLES = """
 qwen-jax bench decode --model qwen-7b --bits 4 --kv-bits 8 --batch 1 --context 2048
@@ -134,9 +134,11 @@ def _model(
             for length in context
         ]
         tokens: dict[tuple[int, int], Any] = {}
-        for case in cases:
-            rows, length = case["batch"], case["context"]
-            with status(f"Compiling and measuring {what}, batch {rows}, context {length}"):
+        with progress_bars() as update:
+            for number, case in enumerate(cases):
+                rows, length = case["batch"], case["context"]
+                where = f"batch {rows}, context {length}, {case['kv_bits']}-bit cache"
+                update(f"Measuring {what}", number, len(cases), unit="cases", note=where)
                 try:
                     result = module.measure(model, decoder, **case, rounds=rounds, mesh=devices)
                     results.append({**dataclasses.asdict(result), "layers": decoder.config.num_layers})
@@ -146,6 +148,7 @@ def _model(
                         del programs
                 except JaxRuntimeError as error:  # usually out of memory; the other cases still run
                     results.append({"model": model, **case, "failed": str(error).splitlines()[0][:200]})
+                update(f"Measuring {what}", number + 1, len(cases), unit="cases")
         del decoder
         if not check:
             continue
