@@ -6,6 +6,7 @@ late and in a random order; a wait that nothing can end raises `Deadlock`.
 """
 
 import contextlib
+import operator
 import threading
 
 import ml_dtypes
@@ -217,20 +218,10 @@ def equal(a, b):
     return _int(a) == _int(b)
 
 
-def both(a, b):
-    return a & b
-
-
-def float_equal(a, b):
-    return a == b
-
-
-def select(condition, a, b):
-    return np.where(condition, a, b)
-
-
-def as_float(word):
-    return word.view(np.float32)
+both = np.bitwise_and
+as_float = operator.methodcaller("view", np.float32)
+float_equal = np.equal
+select = np.where
 
 
 def round_to_float16(x):
@@ -429,6 +420,7 @@ def reciprocal_sqrt(x):
 
 
 load_fresh = load_words
+barriers_ready = fence_copies = fence_all = fence_device
 
 
 def pick(condition, a, b):
@@ -449,10 +441,6 @@ def _barrier(pointer):
 def barrier_init(pointer, arrivals):
     barriers, at = _barrier(pointer)
     barriers[at] = Barrier(arrivals)
-
-
-def barriers_ready():
-    pass
 
 
 def barrier_expect(pointer, bytes_):
@@ -486,14 +474,6 @@ def bulk_copy(target, source, bytes_, barrier):
         assert 0 <= start <= len(memory.bytes) - size and 0 <= at <= len(target.memory[lane].bytes) - size
         data = memory.bytes[start : start + size].copy()
         _here.warp.grid.copies.append((target.memory[lane], at, data, barriers[int(barrier.at[lane])]))
-
-
-def fence_copies():
-    pass
-
-
-def fence_all():
-    pass
 
 
 def meet(name, threads):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -209,5 +210,47 @@ def check(case, plan, limit=1.5e-2):
 )
 def test_equals_float64(on_the_emulator, case, blocks, options):
     case = Case(**case)
-    error = check(case, case.plan(blocks, warps=8, **options))
-    print(error)
+    check(case, case.plan(blocks, warps=8, **options))
+
+
+def test_a_late_copy_is_waited_for(on_the_emulator):
+    """The first copy lands last of all: nobody may take a slot's next lap for the one that is still on its way."""
+    case = Case(hidden=1024, inner=256, layers=1)
+    hidden, _ = emulate(case, case.plan(4, warps=8, splits=1, slots=16), seed=1)
+    want, _ = case.reference()
+    assert np.linalg.norm(hidden - want) < 1e-2 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("quantized, bias", [(True, True), (True, False), (False, True)])
+def test_lowers_for_cuda_in_place(quantized, bias):
+    case = Case(quantized=quantized, bias=bias)
+    tables = tuple(jnp.asarray(table) for table in case.key_rotary)
+
+    def step(x, weights, kv, lengths):
+        at = tuple(jnp.asarray(table) for table in case.rotary)
+        return op.run(x, weights, kv, lengths, at, chip=H100, epsilon=1e-6, key_rotary=tables, first_layer=1)
+
+    arguments = jax.tree.map(jnp.asarray, (case.x, case.weights(), case.kv, jnp.asarray(case.lengths)))
+    traced = jax.jit(step, donate_argnums=2).trace(*arguments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("tf.aliasing_output") == (6 if quantized else 2)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(head_dim=64), "128 channels"),
+        (dict(batch=9), "1 to 8 rows"),
+        (dict(length=40), "multiple of 16"),
+        (dict(dtype="float16"), "bfloat16"),
+        (dict(matrices=(("qkv", 4, 128, "bfloat16", True, True, "mosaic_gpu"),)), "act-order"),
+        (dict(matrices=(("down", 3, 128, "bfloat16", True, False, "mosaic_gpu"),)), "4 or 8 bits"),
+        (dict(batch=8, inner=24576), "shared memory"),
+    ],
+)
+def test_unsupported_says_why(change, reason):
+    case = Case()
+    shape = op.shape_of(case.x, case.weights(), case.kv)
+    assert op.unsupported(shape, H100) is None
+    assert reason in op.unsupported(dataclasses.replace(shape, **change), H100)
+    assert "known size" in op.unsupported(shape, "NVIDIA A100-SXM4-80GB")
