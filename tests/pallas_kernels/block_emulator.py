@@ -25,7 +25,6 @@ class Deadlock(Exception):
 
 class Memory:
     """Bytes."""
-
     def __init__(self, array):
         self.bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()
 
@@ -44,7 +43,6 @@ class Pointer:
 
 class Barrier:
     """An mbarrier."""
-
     def __init__(self, arrivals):
         self.arrivals = self.pending = arrivals
         self.bytes, self.phase = 0, 0
