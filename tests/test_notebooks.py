@@ -110,7 +110,8 @@ def test_problems_are_found():
     assert len(problems(notebook)) == 4
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Fine-tuning is run by the test of its guide; a notebook of it as well would take CI most of a minute.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("06")) for n in NAMES])
 def test_runs(name, tmp_path):
     demo_run.first_run()
     environment = os.environ | {
