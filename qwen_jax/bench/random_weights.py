@@ -81,7 +81,7 @@ class RandomWeights:
             if self.bits == 16:
                 weight = _dense(self._next(), (outputs, inputs), self.dtype)
             else:
-                weight = quantized(self._next(), inputs, outputs, self.bits, self.group_size, self.dtype)
+                weight = _quantized(self._next(), inputs, outputs, self.bits, self.group_size, self.dtype)
             stack.put(layer, pack(weight, self.kernels))
         return Linear(stack.value, axes=axes, kernels=self.kernels)
 
@@ -93,8 +93,7 @@ def _dense(key, shape, dtype) -> DenseTensor:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def quantized(key, inputs, outputs, bits, group_size, dtype) -> QuantizedTensor:
-    """A random symmetric weight [in, out] in layout "gptq"; group_size -1: one group."""
+def _quantized(key, inputs, outputs, bits, group_size, dtype) -> QuantizedTensor:
     size = inputs if group_size == -1 else group_size
     words, groups = -(-inputs * bits // 32), -(-inputs // size)
     packed = jax.lax.bitcast_convert_type(jax.random.bits(key, (words, outputs), jnp.uint32), jnp.int32)
