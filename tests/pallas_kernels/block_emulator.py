@@ -25,6 +25,7 @@ class Deadlock(Exception):
 
 class Memory:
     """Bytes."""
+
     def __init__(self, array):
         self.bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()
 
@@ -43,6 +44,7 @@ class Pointer:
 
 class Barrier:
     """An mbarrier."""
+
     def __init__(self, arrivals):
         self.arrivals = self.pending = arrivals
         self.bytes, self.phase = 0, 0
@@ -146,10 +148,9 @@ def _only(mask):
 
 
 def _first(values):
-    """The value of the one lane, or of all lanes alike, that is active."""
-    found = np.asarray(values)[_on()]
-    assert (found == found[0]).all()
-    return int(found[0])
+    """The value that all active lanes share."""
+    [found] = set(np.asarray(values)[_on()].tolist())
+    return found
 
 
 # -- kv_attention.warp ---------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ def transpose(word):
 
 
 def shuffle_xor(x, distance):
-    assert _on().all(), "a shuffle that some lanes skip"
+    warp_barrier()
     return x[_LANE ^ distance]
 
 
@@ -354,8 +355,7 @@ def store_byte(pointer, byte_offset, value):
 
 def increment_or_wrap(pointer, limit):
     [lane] = np.flatnonzero(_on())
-    words = pointer.memory[lane].bytes.view(np.uint32)
-    at = pointer.at[lane] // 4
+    words, at = pointer.memory[lane].bytes.view(np.uint32), pointer.at[lane] // 4
     before = words[at]
     words[at] = 0 if before >= limit[lane] else before + 1
     return i32(int(before))
