@@ -12,9 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from pallas_kernels.decode_step import op  # noqa: E402
 from pallas_kernels.kv_attention.tensor import KVArrays  # noqa: E402
 from pallas_kernels.quantized_matmul import QuantizedTensor, mosaic_gpu  # noqa: E402
+from qwen_jax.bench import timing  # noqa: E402
 
 K = 128
 
@@ -198,20 +197,7 @@ def check(name: str, layers: int, batch: int, length: int, quantized: bool, opti
     )
 
 
-def seconds(run, few: int = 2, many: int = 10, repeats: int = 5) -> float:
-    """Seconds of one run(), the host's share cancelled."""
-    for _ in range(2):
-        jax.block_until_ready(run())
-
-    def timed(count):
-        begin = time.perf_counter()
-        for _ in range(count):
-            result = run()
-        jax.block_until_ready(result)
-        return time.perf_counter() - begin
-
-    short, long = ([timed(count) for _ in range(repeats)] for count in (few, many))
-    return (statistics.median(long) - statistics.median(short)) / (many - few)
+seconds = functools.partial(timing.seconds, few=2, many=10, repeats=5)
 
 
 def bytes_of(model: Model, weights, batch: int, length: int, quantized: bool) -> float:

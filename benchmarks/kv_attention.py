@@ -11,7 +11,6 @@ import concurrent.futures
 import datetime
 import json
 import pathlib
-import statistics
 import sys
 import time
 
@@ -21,32 +20,10 @@ import jax.numpy as jnp
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from pallas_kernels.kv_attention import mosaic_gpu, shapes, xla  # noqa: E402
 from pallas_kernels.kv_attention.tensor import KVArrays  # noqa: E402
+from qwen_jax.bench.timing import copy_bandwidth, seconds  # noqa: E402
 
 ROTATE_BYTES = 256 * 2**20  # a chain reads more than this: five times the L2 cache
 MOST_BYTES = 30 * 2**30
-
-
-def seconds(run, few: int = 3, many: int = 12, repeats: int = 7) -> float:
-    """Seconds of one run(), the host's share cancelled."""
-    for _ in range(2):
-        jax.block_until_ready(run())
-
-    def timed(count):
-        begin = time.perf_counter()
-        for _ in range(count):
-            result = run()
-        jax.block_until_ready(result)
-        return time.perf_counter() - begin
-
-    short, long = ([timed(count) for _ in range(repeats)] for count in (few, many))
-    return (statistics.median(long) - statistics.median(short)) / (many - few)
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a device-to-device copy of 1 GB, read and written bytes counted."""
-    big = jnp.ones(2**29, jnp.bfloat16)
-    copy = jax.jit(lambda x: x + 1)
-    return 2 * big.nbytes / seconds(lambda: copy(big)) / 1e9
 
 
 def random_cache(shape, quantized: bool) -> KVArrays:
@@ -140,7 +117,7 @@ def main():
     rows = [row for row in rows if row.bytes * row.layers < MOST_BYTES]
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         compiled = [pool.submit(row.compile) for row in rows]
-    copy = copy_bandwidth()
+    copy = copy_bandwidth() / 1e9
     device = jax.devices()[0]
     print(f"{device.device_kind}, JAX {jax.__version__}, copy {copy:.0f} GB/s")
     heading = ("model", "batch", "context", "cache", "kernel", "us", "gb_s", "floor_us", "of_copy")

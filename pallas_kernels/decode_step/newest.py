@@ -7,6 +7,7 @@ where `qwen_jax.model` rounds it.
 from pallas_kernels.decode_step import instructions as d
 from pallas_kernels.decode_step.plan import Plan
 from pallas_kernels.kv_attention import warp as w
+from pallas_kernels.kv_attention.mosaic_gpu_append import round_row
 
 
 def _rounded(values):
@@ -90,15 +91,7 @@ def store_new(pointers, plan: Plan, shared, kind: int, row, head, layer, positio
             for half, word in enumerate(words):
                 w.store_words(target, w.iadd(w.imul(lane, 4), half * plan.head_dim), [word])
         return
-    low = high = x[0]
-    for value in x[1:]:
-        low, high = w.minimum(low, value), w.maximum(high, value)
-    for distance in (1, 2, 4, 8, 16):
-        low, high = w.minimum(low, w.shuffle_xor(low, distance)), w.maximum(high, w.shuffle_xor(high, distance))
-    scale, minimum = w.round_to_float16(w.divide(w.sub(high, low), w.f32(255.0))), w.round_to_float16(low)
-    constant = w.float_equal(scale, w.f32(0.0))
-    step = w.select(constant, w.f32(1.0), scale)
-    units = [w.select(constant, w.i32(0), w.to_byte(w.divide(w.sub(value, minimum), step))) for value in x]
+    units, scale, minimum = round_row(x)
     for target in (fresh, w.element(array, token, plan.head_dim)):
         for index, unit in enumerate(units):
             w.store_byte(target, w.iadd(w.imul(lane, 2), index // 2 * (plan.head_dim // 2) + index % 2), unit)

@@ -98,7 +98,7 @@ def _rows(shape: AppendShape, block, layer, pointers):
 
     target = w.iadd(w.imul(w.iadd(w.imul(w.iadd(w.imul(layer, B), slot), G), head), S), position)  # [L, B, G, S]
     fits = w.both(w.less(-1, position), w.less(position, S))
-    stored = [_round(row) for row in (x, y)] if shape.quantized else None
+    stored = [round_row(row) for row in (x, y)] if shape.quantized else None
 
     def write():
         for which, (row, array) in enumerate(zip((x, y), cache[:2], strict=True)):
@@ -121,7 +121,7 @@ def _at(pointer, index, size: int):
     return w.element(pointer, index, size)
 
 
-def _round(row):
+def round_row(row):
     """(8-bit units, scale, minimum) of the row a warp holds; the same numbers as `reference.quantize`."""
     low = high = row[0]
     for x in row[1:]:

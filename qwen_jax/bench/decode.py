@@ -17,6 +17,7 @@ from qwen_jax.bench.random_checkpoint import RandomCheckpoint
 from qwen_jax.bench.random_weights import RandomWeights
 from qwen_jax.generation import Loop, Programs, Rules, bucket
 from qwen_jax.kv_cache import bytes_per_token
+from qwen_jax.loading import CheckpointWeights
 from qwen_jax.model import Decoder
 from qwen_jax.sampling import SamplingConfig, device_sampler
 from qwen_jax.sharded_programs import ShardedPrograms
@@ -61,16 +62,22 @@ def build(
     layers: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     one_launch: bool = False,
+    as_on_mesh: bool = False,
 ) -> Decoder:
-    """A model of the named dimensions with random weights; `layers` shortens it, `mesh` spreads it over devices."""
+    """A model of the named dimensions with random weights; `layers` shortens it, `mesh` spreads it over devices.
+
+    `as_on_mesh`: without a mesh the numbers that one would get, which the host makes, slower than the device.
+    """
     config = MODELS[name]
     if layers is not None:
         config = dataclasses.replace(config, num_layers=layers, sliding_layers=(False,) * layers)
-    if mesh is None:
-        weights = RandomWeights(config, bits=bits, dtype=dtype, kernels=kernels)
-    else:
-        source = cast(Checkpoint, RandomCheckpoint(config, bits=bits, dtype=dtype))
+    source = cast(Checkpoint, RandomCheckpoint(config, bits=bits, dtype=dtype))
+    if mesh is not None:
         weights = ShardedWeights(source, mesh, dtype=dtype, kernels=kernels)
+    elif as_on_mesh:
+        weights = CheckpointWeights(source, dtype=dtype, kernels=kernels)
+    else:
+        weights = RandomWeights(config, bits=bits, dtype=dtype, kernels=kernels)
     unroll = jax.default_backend() == "gpu"
     return Decoder(weights.config, weights, dtype=dtype, kernels=kernels, unroll=unroll, one_launch=one_launch)
 

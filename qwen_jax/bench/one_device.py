@@ -1,30 +1,13 @@
 """A model on a mesh beside the same model on one device of it: greedy tokens, and how many times as fast."""
 
-import dataclasses
-from typing import Any, cast
+from typing import Any
 
-import jax
 import numpy as np
 
-from converters.huggingface import Checkpoint
-from qwen_jax.bench.models import MODELS
-from qwen_jax.bench.random_checkpoint import RandomCheckpoint
 from qwen_jax.generation import Programs
-from qwen_jax.loading import CheckpointWeights
-from qwen_jax.model import Decoder
 from qwen_jax.sampling import SamplingConfig
 
 PROMPT, TOKENS, ROOM = 12, 16, 64
-
-
-def build(name: str, *, bits: int, dtype: str, kernels: str = "auto", layers: int | None = None) -> Decoder:
-    """The model that `decode.build` spreads over a mesh, with the same numbers, on one device."""
-    config = MODELS[name]
-    if layers is not None:
-        config = dataclasses.replace(config, num_layers=layers, sliding_layers=(False,) * layers)
-    source = cast(Checkpoint, RandomCheckpoint(config, bits=bits, dtype=dtype))
-    weights = CheckpointWeights(source, dtype=dtype, kernels=kernels)
-    return Decoder(config, weights, dtype=dtype, kernels=kernels, unroll=jax.default_backend() == "gpu")
 
 
 def greedy(programs: Programs, dtype: str, kv_bits: int, batch: int) -> np.ndarray:

@@ -153,7 +153,7 @@ def _model(
         if not check:
             continue
         with status(f"Making the same model on one device, and measuring {what}"):
-            alone = one_device.build(model, bits=weight_bits, dtype=dtype, kernels=kernels, layers=layers)
+            alone = decode.build(model, bits=weight_bits, dtype=dtype, kernels=kernels, layers=layers, as_on_mesh=True)
             programs = decode.programs_of(alone)
             for case, record in zip(cases, results[-len(cases) :], strict=True):
                 if "failed" in record:

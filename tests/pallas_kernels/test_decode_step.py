@@ -21,7 +21,7 @@ from pallas_kernels.decode_step import (
     op,
     reference,
 )
-from pallas_kernels.kv_attention import mosaic_gpu_fragments
+from pallas_kernels.kv_attention import mosaic_gpu_append, mosaic_gpu_fragments
 from pallas_kernels.kv_attention.reference import rotary_tables
 from pallas_kernels.kv_attention.tensor import KVArrays
 from pallas_kernels.quantized_matmul import QuantizedTensor, layout, layout_mosaic_gpu
@@ -38,7 +38,7 @@ def _neighbour(name):
 
 
 emulator = _neighbour("block_emulator")
-MODULES = (attention, consumer, kernel, layer, loader, matmul, newest, mosaic_gpu_fragments)
+MODULES = (attention, consumer, kernel, layer, loader, matmul, newest, mosaic_gpu_append, mosaic_gpu_fragments)
 
 
 @pytest.fixture
