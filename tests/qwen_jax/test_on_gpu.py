@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from qwen_jax import QwenForCausalLM
+from qwen_jax.generation import Programs
+from tests.qwen_jax.test_fused_decode import build as small_decoder
 from tests.qwen_jax.test_golden import CASES, FOLDER, GOLDEN, golden, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -62,3 +64,28 @@ def test_nothing_large_is_copied(quantized):
     largest = min(leaf.size for leaf in (cache.kv.keys, *jax.tree.leaves(model.decoder)) if leaf.ndim >= 4)
     for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", hlo):
         assert np.prod([int(size) for size in shape.split(",")]) < largest, shape
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("base", ["qwen-7b", "qwen2.5-7b", "qwen3-8b"])
+def test_one_launch_decodes_as_a_kernel_at_a_time(base, rows, quantized):
+    decoder = small_decoder(base)
+    ids = np.random.default_rng(rows).integers(0, 256, (rows, 64)).astype(np.int32)
+    lengths = np.arange(64, 64 - rows, -1, dtype=np.int32)
+    steps = np.random.default_rng(9).integers(0, 256, (40, rows)).astype(np.int32)
+    logits = {}
+    for decoder.one_launch in (False, True):
+        programs = Programs(decoder)
+        _, cache = programs.prefill(ids, lengths, programs.empty_cache(rows, 128, "bfloat16", quantized))
+        seen = []
+        for tokens in steps:
+            found, cache = programs.decode(tokens, cache, active_length=128)
+            seen.append(np.asarray(found, np.float32))
+        logits[decoder.one_launch] = np.stack(seen)
+    one, each = logits[True], logits[False]
+    assert relative_error(one, each) < LOGITS["bfloat16"]
+    best = each.max(-1)
+    chosen = np.take_along_axis(each, one.argmax(-1)[..., None], -1)[..., 0]
+    assert np.all(best - chosen < 0.1 * each.std()), "another token, beyond what rounding explains"
+    assert np.mean(best == chosen) > 0.95
