@@ -46,6 +46,11 @@ def layer_weights(block) -> decode_step.LayerWeights | str:
     )
 
 
+def wanted(model, rows: int) -> bool:
+    """Whether one launch may be used for so many rows; `refusal` then says which blocks take it."""
+    return model.one_launch and rows <= decode_step.MOST_ROWS and default_chip() in decode_step.MULTIPROCESSORS
+
+
 def refusal(block, hidden_BTD, kv, kernels: str) -> str | None:
     """None where the one launch takes this decode step, else why not."""
     if kernels not in ("auto", "mosaic_gpu"):
@@ -61,20 +66,17 @@ def refusal(block, hidden_BTD, kv, kernels: str) -> str | None:
 
 def run(block, hidden_BTD, step, kv):
     """(hidden_BTD, kv) after all layers of the block; `refusal` must be None."""
-    attention, rotary = block.attention, step.rotary
     weights = layer_weights(block)
     assert not isinstance(weights, str), weights
     hidden_BD, kv = decode_step.run(
         hidden_BTD[:, 0],
         weights,
         kv,
-        step.lengths_B,
-        (rotary.cos_BTK[:, 0], rotary.sin_BTK[:, 0]),
+        step.start_B,
+        step.one_launch,
         chip=default_chip(),
         epsilon=block.attention_norm.epsilon,
-        key_rotary=step.key_rotary if kv.quantized and attention.key_bias is not None else None,
-        logn_B=None if rotary.logn_BT is None else rotary.logn_BT[:, 0],
-        sliding_window=attention.sliding_window,
+        sliding_window=block.attention.sliding_window,
         first_layer=block.first,
     )
     return hidden_BD[:, None], kv

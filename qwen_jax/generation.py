@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels import decode_step
 from pallas_kernels.block_sums import compiler_options
 from pallas_kernels.chip import default_chip
+from qwen_jax import fused_decode
 from qwen_jax.errors import NonFiniteLogitsError
 from qwen_jax.kv_cache import CacheState
 from qwen_jax.model import Decoder, Step
-from qwen_jax.rotary import attention_factor, dynamic_ntk_alpha, inverse_frequency, rotary
+from qwen_jax.rotary import attention_factor, dynamic_ntk_alpha, inverse_frequency, logn, rotary
 from qwen_jax.sampling import WHOLE, Filters, Sampler, SamplingConfig, Vocabulary, device_sampler, sample
 
 CHUNK = 8  # tokens a dispatch: a host round trip is spread over them, and a stream still moves several times a second
@@ -214,36 +216,53 @@ def _prefill(structure, leaves, ids_BT, lengths_B, *, cache: CacheState):
     return model.logits(last_BD), CacheState(kv, lengths_B, alpha_B)
 
 
-def _key_rotary(model: Decoder, cache: CacheState):
-    """(cos, sin) over all cache positions, where an 8-bit cache needs them to add key biases; else None."""
-    if not cache.kv.quantized or all(block.attention.key_bias is None for block in model.blocks):
-        return None
-    frequency_BK = inverse_frequency(model.config, cache.ntk_alpha_B)
-    angle_BSK = jnp.arange(cache.kv.keys.shape[3], dtype=jnp.float32)[None, :, None] * frequency_BK[:, None, :]
-    factor = attention_factor(model.config)
-    return jnp.cos(angle_BSK) * factor, jnp.sin(angle_BSK) * factor
+class _Tables(NamedTuple):
+    """What the steps of a dispatch share, over all positions of the cache; see `Step`."""
+
+    key_rotary: Any
+    one_launch: Any
+
+    @classmethod
+    def of(cls, model: Decoder, cache: CacheState) -> "_Tables":
+        # An 8-bit cache needs the tables to add key biases, the one launch to turn the new token.
+        biased = cache.kv.quantized and any(block.attention.key_bias is not None for block in model.blocks)
+        in_one = fused_decode.wanted(model, cache.lengths_B.shape[0])
+        if not biased and not in_one:
+            return cls(None, None)
+        positions_S = jnp.arange(cache.kv.keys.shape[3])
+        frequency_BK = inverse_frequency(model.config, cache.ntk_alpha_B)
+        angle_BSK = positions_S.astype(jnp.float32)[None, :, None] * frequency_BK[:, None, :]
+        factor = attention_factor(model.config)
+        cos_sin = jnp.cos(angle_BSK) * factor, jnp.sin(angle_BSK) * factor
+        one_launch = decode_step.Tables.of(*cos_sin, logn(model.config, positions_S)) if in_one else None
+        return cls(cos_sin if biased else None, one_launch)
 
 
-def _step(model: Decoder, token_B, cache: CacheState, key_rotary, active_length: int):
-    positions_B1 = cache.lengths_B[:, None]
-    lengths_B = cache.lengths_B + 1
-    tables = rotary(model.config, positions_B1, cache.ntk_alpha_B)
-    step = Step(tables, cache.lengths_B, lengths_B, key_rotary, decode=True, active_length=active_length)
+def _step(model: Decoder, token_B, cache: CacheState, tables: _Tables, active_length: int):
+    step = Step(
+        rotary(model.config, cache.lengths_B[:, None], cache.ntk_alpha_B),
+        start_B=cache.lengths_B,
+        lengths_B=cache.lengths_B + 1,
+        key_rotary=tables.key_rotary,
+        decode=True,
+        active_length=active_length,
+        one_launch=tables.one_launch,
+    )
     hidden_BTD, kv = model.hidden(token_B[:, None], step, cache.kv)
     assert kv is not None
-    return model.logits(hidden_BTD[:, 0]), CacheState(kv, lengths_B, cache.ntk_alpha_B)
+    return model.logits(hidden_BTD[:, 0]), CacheState(kv, step.lengths_B, cache.ntk_alpha_B)
 
 
 def _decode(structure, leaves, token_B, *, cache: CacheState, active_length: int):
     model = _model(structure, leaves)
-    return _step(model, token_B, cache, _key_rotary(model, cache), active_length)
+    return _step(model, token_B, cache, _Tables.of(model, cache), active_length)
 
 
 def _choose(
     logits_BV, loop: Loop, sampler: Sampler, rules: Rules, filters: Filters, logprobs: bool, vocabulary: Vocabulary
 ):
     """Samples, notes stops and non-finite logits; returns the loop with its new token and what the host gets."""
-    token_B = sample(logits_BV, loop.seen_BV, loop.count_B, sampler, filters, vocabulary)
+    token_B, finite_B = sample(logits_BV, loop.seen_BV, loop.count_B, sampler, filters, vocabulary)
     token_B = jnp.where(loop.done_B, rules.pad, token_B)
     kept_B = ~loop.done_B
     logprob_B = None
@@ -251,14 +270,15 @@ def _choose(
         highest_B = vocabulary.max(logits_BV)
         sum_B = vocabulary.sum(jnp.exp(logits_BV - highest_B[:, None]))
         logprob_B = vocabulary.at(logits_BV, token_B) - highest_B - jnp.log(sum_B)
-    bad_B = kept_B & (loop.nonfinite_B < 0) & (vocabulary.sum(~jnp.isfinite(logits_BV)) > 0)
+    bad_B = kept_B & (loop.nonfinite_B < 0) & ~finite_B
     seen_BV = loop.seen_BV
     if seen_BV is not None:
         seen_BV = vocabulary.mark(seen_BV, token_B)
     return Loop(
         loop.cache,
         token_B,
-        loop.done_B | (token_B[:, None] == rules.stop_N).any(-1),
+        # Written out: a reduction over a handful of stop tokens would be a launch of its own.
+        functools.reduce(jnp.logical_or, [token_B == stop for stop in rules.stop_N], loop.done_B),
         loop.count_B + kept_B.astype(jnp.int32),
         seen_BV,
         jnp.where(bad_B, loop.count_B, loop.nonfinite_B),
@@ -289,13 +309,13 @@ def _chunk(
     vocabulary: Vocabulary = WHOLE,
 ):
     """`steps` more tokens."""
-    key_rotary = _key_rotary(_model(structure, leaves), loop.cache)
+    tables = _Tables.of(_model(structure, leaves), loop.cache)
 
     def body(loop: Loop, _):
         # Without the barrier XLA moves work on the weights (unpacking them all) out of the loop: 538 MB for 135M.
         held, token_B = lax.optimization_barrier((leaves, loop.token_B))
         before = loop.cache
-        logits_BV, cache = _step(_model(structure, held), token_B, before, key_rotary, active_length)
+        logits_BV, cache = _step(_model(structure, held), token_B, before, tables, active_length)
         # A finished row stays where it is: its slot's length does not grow, whatever was written there is overwritten.
         lengths_B = jnp.where(loop.done_B, before.lengths_B, cache.lengths_B)
         cache = CacheState(cache.kv, lengths_B, cache.ntk_alpha_B)

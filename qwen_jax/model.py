@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from pallas_kernels.decode_step import Tables
 from pallas_kernels.kv_attention import KVArrays, append, attend_decode, attend_prefill, attend_segments
 from qwen_jax import fused_decode
 from qwen_jax.config import ModelConfig
@@ -58,6 +59,7 @@ class Step(NamedTuple):
         start_B: int32 [B], position of the first new token of each row.
         lengths_B: int32 [B], tokens of each row including the new ones.
         key_rotary: (cos, sin) [B or 1, S, K/2] over cache positions, or None (see `attend_decode`).
+        one_launch: what `fused_decode` needs, or None where no block takes it.
         decode: one new token a row, attending to the cache; else a prompt, attending to itself.
         active_length: static bound on `lengths_B`, or None.
         segments_BT: int32 [B, T], the text that each token belongs to where a row holds several; None for one a row.
@@ -70,6 +72,7 @@ class Step(NamedTuple):
     decode: bool = False
     active_length: int | None = None
     segments_BT: jax.Array | None = None
+    one_launch: Tables | None = None
 
 
 class Attention(nnx.Module):
@@ -204,7 +207,7 @@ class Decoder(nnx.Module):
         """Token ids int32 [B, T] to the last layer's normalised output [B, T, D], and the cache."""
         hidden_BTD = self.embedding.lookup(ids_BT).astype(self.dtype)
         for block in self.blocks:
-            if step.decode and kv is not None and self._in_one_launch(block, hidden_BTD, kv):
+            if step.one_launch is not None and kv is not None and self._in_one_launch(block, hidden_BTD, kv):
                 hidden_BTD, kv = fused_decode.run(block, hidden_BTD, step, kv)
             elif block.count == 1 or (self.unroll and step.decode):
                 # One traced function for all layers: kernels are lowered once.
@@ -221,8 +224,6 @@ class Decoder(nnx.Module):
         return self.final_norm(hidden_BTD), kv
 
     def _in_one_launch(self, block, hidden_BTD, kv: KVArrays) -> bool:
-        if not self.one_launch:
-            return False
         reason = fused_decode.refusal(block, hidden_BTD, kv, block.attention.kernels)
         fused_decode.log_choice(range(block.first, block.first + block.count), reason)
         return reason is None

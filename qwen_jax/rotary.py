@@ -85,12 +85,19 @@ def rotary(config: ModelConfig, positions_BT, ntk_alpha_B=None) -> Rotary:
     frequency_BK = inverse_frequency(config, ntk_alpha_B)
     angle_BTK = positions_BT[:, :, None].astype(jnp.float32) * frequency_BK[:, None, :]
     factor = attention_factor(config)
-    logn_BT = None
-    if config.use_logn_attention:
-        # log_{seq_length}(p + 1) beyond the trained length, 1 within it.
-        count_BT = (positions_BT + 1).astype(jnp.float32)
-        logn_BT = jnp.where(count_BT > config.seq_length, jnp.log(count_BT) / math.log(config.seq_length), 1.0)
+    logn_BT = logn(config, positions_BT)
     return Rotary(jnp.cos(angle_BTK) * factor, jnp.sin(angle_BTK) * factor, frequency_BK, logn_BT)
+
+
+def logn(config: ModelConfig, positions):
+    """Factor of the queries at int32 positions, float32: log_{seq_length}(p + 1) beyond the trained length, else 1.
+
+    None where the model has no log-n scaling.
+    """
+    if not config.use_logn_attention:
+        return None
+    count = (positions + 1).astype(jnp.float32)
+    return jnp.where(count > config.seq_length, jnp.log(count) / math.log(config.seq_length), 1.0)
 
 
 def rotate(x_BTHK, tables: Rotary):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.argmax import argmax
+from pallas_kernels.argmax import argmax_and_finite
 from pallas_kernels.chip import default_chip
 
 
@@ -124,16 +124,16 @@ class Vocabulary:
         return x_BV.max(-1) if self.axis is None else lax.pmax(x_BV.max(-1), self.axis)
 
     def argmax(self, x_BV):
-        """int32 [B], the lowest id among the greatest; float32 [B, V]."""
-        best_B = argmax(x_BV, default_chip())
+        """(int32 [B], the lowest id among the greatest; bool [B], whether all are finite) of float32 [B, V]."""
+        best_B, finite_B = argmax_and_finite(x_BV, default_chip())
         if self.axis is None:
-            return best_B
-        # One small gather of (value, id) pairs; devices hold ids in ascending order, so the first device wins a tie.
+            return best_B, finite_B
+        # One small gather for all facts; devices hold ids in ascending order, so the first device wins a tie.
         value_B = jnp.take_along_axis(x_BV, best_B[:, None], axis=1)[:, 0]
-        pair_B2 = jnp.stack([lax.bitcast_convert_type(value_B, jnp.int32), best_B + self.first()], axis=-1)
-        pair_NB2 = lax.all_gather(pair_B2, self.axis)
-        device_B = jnp.argmax(lax.bitcast_convert_type(pair_NB2[..., 0], jnp.float32), axis=0)
-        return jnp.take_along_axis(pair_NB2[..., 1], device_B[None], axis=0)[0]
+        facts = (lax.bitcast_convert_type(value_B, jnp.int32), best_B + self.first(), finite_B.astype(jnp.int32))
+        value_NB, id_NB, finite_NB = jnp.moveaxis(lax.all_gather(jnp.stack(facts, axis=-1), self.axis), -1, 0)
+        device_B = jnp.argmax(lax.bitcast_convert_type(value_NB, jnp.float32), axis=0)
+        return jnp.take_along_axis(id_NB, device_B[None], axis=0)[0], (finite_NB == 1).all(0)
 
     def first(self):
         """The lowest id of this device."""
@@ -163,14 +163,14 @@ class Vocabulary:
             return jax.random.categorical(key, logits_V).astype(jnp.int32)
         noise_V = jnp.pad(jax.random.gumbel(key, (self.size,), jnp.float32), (0, self.width))
         noise_V = lax.dynamic_slice(noise_V, (jnp.minimum(self.first(), self.size),), (self.width,))
-        return self.argmax((noise_V + logits_V)[None])[0]
+        return self.argmax((noise_V + logits_V)[None])[0][0]
 
 
 WHOLE = Vocabulary()
 
 
 def sample(logits_BV, seen_BV, step_B, sampler: Sampler, filters: Filters, vocabulary: Vocabulary = WHOLE):
-    """The next token of each row, int32 [B].
+    """(the next token of each row, int32 [B]; whether all its logits are finite, bool [B]).
 
     Args:
         logits_BV: float32.
@@ -187,6 +187,7 @@ def sample(logits_BV, seen_BV, step_B, sampler: Sampler, filters: Filters, vocab
         logits_BV = jnp.where(seen_BV, penalised, logits_BV)
     if not filters.do_sample:
         return vocabulary.argmax(logits_BV)
+    finite_B = vocabulary.sum(~jnp.isfinite(logits_BV)) == 0
     logits_BV = logits_BV / sampler.temperature
     if filters.top_k:
         # The largest threshold that at least k tokens reach.
@@ -206,7 +207,7 @@ def sample(logits_BV, seen_BV, step_B, sampler: Sampler, filters: Filters, vocab
     def draw(logits_V, seed, step):
         return vocabulary.draw(jax.random.fold_in(jax.random.key(seed), step), logits_V)
 
-    return jax.vmap(draw)(logits_BV, sampler.seed_B, step_B)
+    return jax.vmap(draw)(logits_BV, sampler.seed_B, step_B), finite_B
 
 
 def _keep(logits_BV, amount, wanted, vocabulary: Vocabulary):

@@ -1,10 +1,11 @@
 """The warps that compute: the five phases of a layer, with a meeting of all blocks before each.
 
-`reach` is the only place where blocks wait for each other.
+`reach` is the only place where blocks of a card wait for each other; cards wait for each other in `cards.Exchange`.
 """
 
 from pallas_kernels.decode_step import instructions as d
 from pallas_kernels.decode_step import matmul
+from pallas_kernels.decode_step.cards import Exchange
 from pallas_kernels.decode_step.loader import Ring, first_strip, share_of, tiles_of
 from pallas_kernels.decode_step.plan import STRIP, Matrix, Plan
 from pallas_kernels.kv_attention import warp as w
@@ -26,10 +27,7 @@ class Consumer:
         d.meet(1, 32 * self.plan.warps)
 
     def reach(self, meetings):
-        """What any block wrote before is there for all after; `meetings` counts this one, and there is no zeroth.
-
-        A reduction over several devices would take this place, between what a phase stores and what the next one reads.
-        """
+        """What any block wrote before is there for all after; `meetings` counts this one, and there is no zeroth."""
         if self.first:
             w.when(w.less(0, meetings), lambda: self._reach(meetings))
         else:
@@ -177,19 +175,20 @@ class Consumer:
 
     # -- phases ---------------------------------------------------------------------------------------------------
 
-    def multiply(self, matrix: Matrix, number, put, finish):
+    def multiply(self, matrix: Matrix, number, put, finish, summed_in=None):
         """One projection: `put()` fills x, `finish(row, column)` gives what stores a result from its sums.
 
-        Sums are one number, or gate and up.
+        Sums are one number, or gate and up. `summed_in`: the layer, where the cards' sums are to be added.
         """
         plan, count = self.plan, tiles_of(matrix, self.block)
 
         def work():
             put()
-            stores = [
-                finish(row, w.iadd(w.imul(first_strip(matrix, self.block), STRIP), column))
-                for row, column, _ in self.results(matrix)
-            ]
+            first = w.imul(first_strip(matrix, self.block), STRIP)
+            stores = [finish(row, w.iadd(first, column)) for row, column, _ in self.results(matrix)]
+            exchange = None
+            if summed_in is not None and plan.cards > 1 and "cards" not in plan.skip:
+                exchange = Exchange(plan, self.pointers, matrix, self.block, summed_in)
 
             def step(index, sums):
                 at = w.iadd(index, self.warp)
@@ -206,12 +205,18 @@ class Consumer:
             sums = w.loop(mine, plan.warps, [w.f32(0.0)] * (4 * matrix.width), step)
             matmul.store_sums(plan, matrix, self.shared["sums"], self.warp, self.lane, sums)
             self.meet()
-            for store, (row, column, exists) in zip(stores, self.results(matrix), strict=True):
+            finished = list(zip(stores, self.results(matrix), strict=True))
+            for store, (row, column, exists) in finished:
                 sums = [
                     matmul.gathered(plan, matrix, self.shared["sums"], row, column, half)
                     for half in range(matrix.halves)
                 ]
-                w.when(exists, lambda store=store, sums=sums: store(sums))
+                if exchange is not None:
+                    exchange.push(exists, row, w.iadd(first, column), sums[0])
+                else:
+                    w.when(exists, lambda store=store, sums=sums: store(sums))
+            for store, (row, column, exists) in finished if exchange is not None else ():
+                exchange.total(exists, row, w.iadd(first, column), lambda total, store=store: store([total]))
 
         w.when(w.less(0, count), work)
         return w.iadd(number, share_of(plan, count, self.warp))

@@ -143,3 +143,19 @@ def store_word(pointer, value):
 def fence_all():
     """Orders this thread's memory accesses for the whole device."""
     w.fence_device()
+
+
+# -- other cards --------------------------------------------------------------------------------------------------
+
+
+def push(pointer, value, number):
+    """Writes a float and an integer as one 64-bit word, perhaps of another card's memory, seen whole or not at all."""
+    text = "{.reg .b64 both; mov.b64 both, {$1, $2}; st.relaxed.sys.global.b64 [$0], both; }"
+    w.asm(text, [], pointer, value, number)
+
+
+def await_pushed(pointer, number):
+    """The float that comes with a number: waits for it in a word of this card that any card may write."""
+    text = "{.reg .pred p; .reg .b32 n; .reg .b64 both; WAIT: ld.relaxed.sys.global.b64 both, [$1]; "
+    text += "mov.b64 {$0, n}, both; setp.ne.b32 p, n, $2; @p bra WAIT; }"
+    return w.asm(text, [w.f32_type()], pointer, number, effects=True)

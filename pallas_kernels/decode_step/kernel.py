@@ -9,6 +9,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_step import instructions as d
+from pallas_kernels.decode_step.cards import Group
 from pallas_kernels.decode_step.layer import consume
 from pallas_kernels.decode_step.loader import load
 from pallas_kernels.decode_step.plan import Plan
@@ -54,8 +55,11 @@ def result_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @functools.lru_cache(maxsize=64)
-def build(plan: Plan, names: tuple[str, ...], cached: tuple[str, ...]):
-    """f(*operands in the order of `names`, *cache refs in the order of `cached`) → results of `result_shapes`."""
+def build(plan: Plan, names: tuple[str, ...], cached: tuple[str, ...], group: Group | None = None):
+    """f(*operands in the order of `names`, *refs in the order of `cached`) → results of `result_shapes`.
+
+    `group`: under a `shard_map`, the cards that hold shares of the layers; `cached` then ends with "inbox".
+    """
     results = result_shapes(plan)
     _, size = plan.regions()
 
@@ -64,14 +68,28 @@ def build(plan: Plan, names: tuple[str, ...], cached: tuple[str, ...]):
         order = (*names, *cached, *results)
         assert len(refs) == len(order)
 
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (len(order) + 1), plgpu.Layout.WG_SPLAT))
-        def run(ctx, *values):
-            del ctx
-            *values, memory, block = values
-            pointers = {name: utils.memref_ptr(value) for name, value in zip(order, values, strict=True)}
-            emit(plan, pointers, utils.memref_ptr(memory), block.registers.item())
+        numbers = [lax.axis_index("block")]
+        if group is not None:
+            numbers += [lax.axis_index(group.axis), group.first()]
 
-        run(*refs, memory, lax.axis_index("block"))
+        @plgpu.inline_mgpu(
+            arg_types=(*[plgpu.RefType()] * (len(order) + 1), *[plgpu.Layout.WG_SPLAT] * len(numbers))
+        )
+        def run(ctx, *values):
+            refs, memory, numbers = values[: len(order)], values[len(order)], values[len(order) + 1 :]
+            block, *place = [number.registers.item() for number in numbers]
+            pointers = {name: utils.memref_ptr(ref) for name, ref in zip(order, refs, strict=True)}
+            if group is not None:
+                inbox = refs[order.index("inbox")]
+                rank, first = place
+
+                def inbox_of(card: int):
+                    return utils.memref_ptr(ctx.to_remote(inbox, w.iadd(first, card * group.stride)))
+
+                pointers |= {"rank": rank, "inbox_of": inbox_of}
+            emit(plan, pointers, utils.memref_ptr(memory), block)
+
+        run(*refs, memory, *numbers)
 
     return plgpu.kernel(
         body,

@@ -12,7 +12,7 @@ def consume(plan: Plan, pointers, shared, block, warp, lane):
     """All layers, from x [B, D] to `hidden` [B, D]."""
     phases = [name for name in ("qkv", "cache", "output", "gate_up", "down") if name not in plan.skip]
     if plan.biased and plan.table_rows == 1:
-        tables = pointers["all_cos"], pointers["all_sin"]
+        tables = pointers["cos"], pointers["sin"]
         attention.store_table(plan, shared["table"], *tables, w.i32(0), warp, lane)
 
     def layer_of(layer, carried):
@@ -82,9 +82,9 @@ def _qkv(me: Consumer, layer, number, meetings):
 
 def _cache(me: Consumer, layer, number, meetings):
     plan, pointers, shared, lane, warp = me.plan, me.pointers, me.shared, me.lane, me.warp
-    tables = (pointers["all_cos"], pointers["all_sin"]) if plan.biased else ()
+    tables = (pointers["cos"], pointers["sin"]) if plan.biased else ()
     for round_ in range(plan.item_rounds):
-        index, exists, row, head, low, high, valid, every = item_of(plan, pointers["lengths"], me.block, round_)
+        index, exists, row, head, low, high, valid, every = item_of(plan, pointers["start"], me.block, round_)
         count = w.select(exists, w.iadd(high, w.imul(low, -1)), w.i32(0))
         table_row = row if plan.table_rows > 1 else w.i32(0)
 
@@ -106,18 +106,18 @@ def _cache(me: Consumer, layer, number, meetings):
             biases=biases, first_turn=first_turn, turn_of=turn_of,
         ):  # fmt: skip
             # Each part of a list has a warp of its own: queries, and in the last split the newest key and value.
-            newest_here = w.equal(high, every)
+            newest_here, position = w.equal(high, every), w.iadd(valid, -1)
             for which in range(plan.share):
                 w.when(
                     w.equal(warp, which % plan.warps),
-                    lambda which=which: newest.store_query(pointers, plan, shared, row, head, which, layer, lane),
+                    lambda which=which: newest.store_query(
+                        pointers, plan, shared, row, head, which, layer, position, lane
+                    ),
                 )
             for kind in range(2):
                 w.when(
                     w.both(newest_here, w.equal(warp, plan.warps - 1 - kind)),
-                    lambda kind=kind: newest.store_new(
-                        pointers, plan, shared, kind, row, head, layer, w.iadd(valid, -1), lane
-                    ),
+                    lambda kind=kind: newest.store_new(pointers, plan, shared, kind, row, head, layer, position, lane),
                 )
             if plan.biased and plan.table_rows > 1:
                 attention.store_table(plan, shared["table"], *tables, row, warp, lane)
@@ -173,7 +173,7 @@ def _output(me: Consumer, layer, number, meetings):
         residual = _load_bf16(_source(me, layer), row, width, column)
         return lambda sums: _store_bf16(me.pointers["mid"], row, width, column, w.add(residual, _round(sums[0])))
 
-    return me.multiply(me.plan.matrix("output"), number, me.put_attended, finish)
+    return me.multiply(me.plan.matrix("output"), number, me.put_attended, finish, layer)
 
 
 def _gate_up(me: Consumer, layer, number, meetings):
@@ -202,7 +202,7 @@ def _down(me: Consumer, layer, number, meetings):
         return lambda sums: _store_bf16(me.pointers["hidden"], row, width, column, w.add(residual, _round(sums[0])))
 
     put = lambda: me.put_plain(me.pointers["act"], me.plan.inner)  # noqa: E731
-    return me.multiply(me.plan.matrix("down"), number, put, finish)
+    return me.multiply(me.plan.matrix("down"), number, put, finish, layer)
 
 
 _PHASES = {"qkv": _qkv, "cache": _cache, "output": _output, "gate_up": _gate_up, "down": _down}

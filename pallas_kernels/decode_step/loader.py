@@ -47,7 +47,7 @@ def tiles_of(matrix: Matrix, block):
     return w.select(active, w.i32(matrix.depth * matrix.parts), w.i32(0))
 
 
-def item_of(plan: Plan, lengths, block, round_: int):
+def item_of(plan: Plan, start, block, round_: int):
     """A block's part of the cache in a round: (index, exists, row, head, first and last 16 tokens, valid tokens, all).
 
     The newest token counts, though a block finds it not in the ring.
@@ -57,14 +57,15 @@ def item_of(plan: Plan, lengths, block, round_: int):
     index = w.imin(index, plan.items * plan.splits - 1)
     item, split = w.idiv(index, plan.splits), w.irem(index, plan.splits)
     row, head = w.idiv(item, plan.kv_heads), w.irem(item, plan.kv_heads)
-    valid = w.imin(w.imax(w.load_words(lengths, w.imul(row, 4), 1)[0], 1), plan.length)
+    before = w.imax(w.load_words(start, w.imul(row, 4), 1)[0], 0)
+    valid = w.imin(w.iadd(before, 1), plan.length)
     every = w.idiv(w.iadd(valid, TOKENS - 1), TOKENS)
-    start = w.i32(0)
+    oldest = w.i32(0)
     if plan.window is not None:
-        start = w.idiv(w.imax(w.iadd(valid, -plan.window), 0), TOKENS)
-    count = w.iadd(every, w.imul(start, -1))
-    low = w.iadd(start, w.idiv(w.imul(count, split), plan.splits))
-    high = w.iadd(start, w.idiv(w.imul(count, w.iadd(split, 1)), plan.splits))
+        oldest = w.idiv(w.imax(w.iadd(valid, -plan.window), 0), TOKENS)
+    count = w.iadd(every, w.imul(oldest, -1))
+    low = w.iadd(oldest, w.idiv(w.imul(count, split), plan.splits))
+    high = w.iadd(oldest, w.idiv(w.imul(count, w.iadd(split, 1)), plan.splits))
     return index, exists, row, head, low, high, valid, every
 
 
@@ -142,7 +143,7 @@ def load_cache(plan: Plan, pointers, ring: Ring, loader, lane, block, layer, num
     row_bytes = plan.head_dim * itemsize
     names = ("key_scales", "key_minimums", "value_scales", "value_minimums")
     for round_ in range(plan.item_rounds):
-        _, exists, row, head, low, high, _, _ = item_of(plan, pointers["lengths"], block, round_)
+        _, exists, row, head, low, high, _, _ = item_of(plan, pointers["start"], block, round_)
         blocks = w.select(exists, w.iadd(high, w.imul(low, -1)), w.i32(0))
         cached = w.imul(w.iadd(layer, plan.first_layer), plan.batch)
         line = w.imul(w.iadd(w.imul(w.iadd(cached, row), plan.kv_heads), head), plan.length)  # tokens before the head's

@@ -44,25 +44,25 @@ def normed(plan: Plan, x, scale):
     return _rounded([w.mul(w.mul(value, inverse), s) for value, s in zip(x, scale, strict=True)])
 
 
-def turned(pointers, plan: Plan, x, row, lane):
+def turned(pointers, plan: Plan, x, row, position, lane):
     """Rotated by the new position, rounded."""
-    table = row if plan.rotary_rows > 1 else w.i32(0)
-    where = w.iadd(w.imul(table, 2 * plan.head_dim), w.imul(lane, 8))
-    cos, sin = (w.load_floats(pointers[name], where, 2) for name in ("new_cos", "new_sin"))
+    table = row if plan.table_rows > 1 else w.i32(0)
+    at = w.imul(w.iadd(w.imul(table, plan.length), position), plan.head_dim // 2)
+    cos, sin = (w.load_floats(w.element(pointers[name], at, 4), w.imul(lane, 8), 2) for name in ("cos", "sin"))
     low, high = x[:2], x[2:]
     first = [w.sub(w.mul(a, c), w.mul(b, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
     second = [w.add(w.mul(b, c), w.mul(a, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
     return _rounded([*first, *second])
 
 
-def store_query(pointers, plan: Plan, shared, row, head, which, layer, lane):
+def store_query(pointers, plan: Plan, shared, row, head, which, layer, position, lane):
     """Query `which` of a key/value head into shared memory."""
     x = _head(pointers, plan, row, w.imul(w.iadd(w.imul(head, plan.share), which), plan.head_dim), lane)
     if plan.qk_norm:
         x = normed(plan, x, four(pointers["query_norm"], plan, w.imul(layer, plan.head_dim), lane, plan.norm_dtype))
-    x = turned(pointers, plan, x, row, lane)
+    x = turned(pointers, plan, x, row, position, lane)
     if plan.logn:
-        factor = _rounded(w.load_floats(pointers["logn"], w.imul(row, 4), 1))[0]
+        factor = _rounded(w.load_floats(pointers["logn"], w.imul(position, 4), 1))[0]
         x = [w.mul(value, factor) for value in x]
     target = w.iadd(w.imul(which, 2 * plan.head_dim), w.imul(lane, 4))
     w.store_words(shared["query"], target, [w.pack(x[0], x[1], "bf16")])
@@ -80,7 +80,7 @@ def store_new(pointers, plan: Plan, shared, kind: int, row, head, layer, positio
             at = w.imul(w.iadd(w.imul(layer, plan.kv_heads), head), plan.head_dim)
             bias = _rounded(four(pointers["key_bias"], plan, at, lane, plan.key_bias_dtype))
             x = _rounded([w.add(a, b) for a, b in zip(x, bias, strict=True)])
-        x = turned(pointers, plan, x, row, lane)
+        x = turned(pointers, plan, x, row, position, lane)
     cached = w.imul(w.iadd(layer, plan.first_layer), plan.batch)
     token = w.iadd(w.imul(w.iadd(w.imul(w.iadd(cached, row), plan.kv_heads), head), plan.length), position)
     fresh = w.offset(shared["fresh"], kind * (2 * plan.head_dim + 16))

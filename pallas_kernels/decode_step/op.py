@@ -53,6 +53,29 @@ class LayerWeights:
     key_norm: Any = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """What all steps of a cache share; made once for many steps, for each array is a launch.
+
+    Attributes:
+        cos: float32 [B or 1, S, K/2], of all positions of the cache.
+        sin: likewise.
+        counters: int32 [32], zero; the kernel counts in it and leaves it zero.
+        logn_S: float32 [S], factor of the queries by position, or None.
+    """
+
+    cos: Any
+    sin: Any
+    counters: Any
+    logn_S: Any = None
+
+    @classmethod
+    def of(cls, cos, sin, logn_S=None) -> "Tables":
+        """With fresh counters."""
+        return cls(cos, sin, jax.lax.optimization_barrier(jnp.zeros(32, jnp.int32)), logn_S)
+
+
 MATRICES = ("qkv", "output", "gate_up", "down")
 
 
@@ -184,8 +207,7 @@ def plan_for(shape: DecodeShape, blocks: int, *, warps: int = WARPS, slots: int 
         )  # fmt: skip
     defaults = dict(
         cache_layers=shape.layers, first_layer=0, epsilon=1e-6, scale=K**-0.5, window=None, bias_dtype=None,
-        key_bias_dtype="bfloat16" if shape.biased else None, qk_norm=False, logn=False, rotary_rows=1,
-        table_rows=int(shape.biased), skip=(),
+        key_bias_dtype="bfloat16" if shape.biased else None, qk_norm=False, logn=False, table_rows=1, skip=(),
         splits=plans.splits_for(shape.batch * shape.kv_heads, blocks, shape.length, shape.heads // shape.kv_heads),
     )  # fmt: skip
     plan = plans.Plan(
@@ -199,14 +221,14 @@ def plan_for(shape: DecodeShape, blocks: int, *, warps: int = WARPS, slots: int 
     return dataclasses.replace(plan, slots=room // warps * warps)
 
 
-def operands(plan, x_BD, weights: LayerWeights, lengths_B, rotary, key_rotary, logn_B):
+def operands(x_BD, weights: LayerWeights, start_B, tables: Tables):
     """The kernel's inputs by name."""
     found = {
         "x": x_BD,
-        "lengths": lengths_B.astype(jnp.int32),
-        "counters": jnp.zeros(32, jnp.int32),
-        "new_cos": rotary[0].astype(jnp.float32),
-        "new_sin": rotary[1].astype(jnp.float32),
+        "start": start_B.astype(jnp.int32),
+        "counters": tables.counters,
+        "cos": tables.cos,
+        "sin": tables.sin,
         "attention_norm": weights.attention_norm,
         "mlp_norm": weights.mlp_norm,
     }
@@ -218,10 +240,8 @@ def operands(plan, x_BD, weights: LayerWeights, lengths_B, rotary, key_rotary, l
     for name in ("qkv_bias", "key_bias", "query_norm", "key_norm"):
         if getattr(weights, name) is not None:
             found[name] = getattr(weights, name)
-    if plan.biased:
-        found["all_cos"], found["all_sin"] = key_rotary
-    if logn_B is not None:
-        found["logn"] = logn_B.astype(jnp.float32)
+    if tables.logn_S is not None:
+        found["logn"] = tables.logn_S
     return found
 
 
@@ -229,13 +249,11 @@ def run(
     x_BD: jax.Array,
     weights: LayerWeights,
     kv: KVArrays,
-    lengths_B: jax.Array,
-    rotary: tuple[jax.Array, jax.Array],
+    start_B: jax.Array,
+    tables: Tables,
     *,
     chip: str,
     epsilon: float,
-    key_rotary: tuple[jax.Array, jax.Array] | None = None,
-    logn_B: jax.Array | None = None,
     sliding_window: int | None = None,
     first_layer: int = 0,
     plan_options: dict[str, Any] | None = None,
@@ -246,26 +264,20 @@ def run(
         x_BD: bfloat16 [B, D], the tokens' embeddings or the block before.
         weights: of the block's layers.
         kv: the cache, [cache layers, B, G, S, K], bfloat16 or 8 bits.
-        lengths_B: int32 [B], valid tokens including the new one, which is written at lengths − 1.
-        rotary: (cos, sin), float32 [B or 1, K/2], of the new tokens' positions.
+        start_B: int32 [B], tokens in the cache before the new one, which is written at that place.
+        tables: for cos and sin of all S positions.
         chip: `device_kind`; must not be `unsupported`.
         epsilon: of all norms.
-        key_rotary: (cos, sin), float32 [B or 1, S, K/2], tables of all positions: needed where keys have a bias and the
-            cache 8 bits, and 16 positions at the least.
-        logn_B: float32 [B], factor of the queries, or None.
         sliding_window: only the newest so many tokens are seen; None for all.
         first_layer: the cache's layer of the block's first.
         plan_options: for tuning: fields of `plan.Plan`.
 
     Raises:
-        ValueError: the shape is unsupported, or key_rotary is missing.
+        ValueError: the shape is unsupported.
     """
     shape = shape_of(x_BD, weights, kv)
     if (reason := unsupported(shape, chip)) is not None:
         raise ValueError(f"decode_step on {chip}: {reason}.")
-    biased = weights.key_bias is not None
-    if biased and kv.quantized and key_rotary is None:
-        raise ValueError("decode_step: key_rotary is None; an 8-bit cache of keys with a bias needs the tables.")
 
     def name_of(array):
         return None if array is None else jnp.dtype(array.dtype).name
@@ -282,21 +294,20 @@ def run(
                 bias_dtype=name_of(weights.qkv_bias),
                 key_bias_dtype=name_of(weights.key_bias),
                 qk_norm=weights.query_norm is not None,
-                logn=logn_B is not None,
-                rotary_rows=rotary[0].shape[0],
-                table_rows=key_rotary[0].shape[0] if biased and kv.quantized else 0,
+                logn=tables.logn_S is not None,
+                table_rows=tables.cos.shape[0],
             )
             | (plan_options or {})
         ),
     )
-    return call(plan, x_BD, weights, kv, lengths_B, rotary, key_rotary, logn_B)
+    return call(plan, x_BD, weights, kv, start_B, tables)
 
 
-def call(plan, x_BD, weights, kv: KVArrays, lengths_B, rotary, key_rotary, logn_B):
+def call(plan, x_BD, weights, kv: KVArrays, start_B, tables: Tables):
     """`run` with a plan."""
     from pallas_kernels.decode_step import kernel  # Mosaic GPU takes 0.6 s to import: only where a GPU runs it
 
-    inputs = operands(plan, x_BD, weights, lengths_B, rotary, key_rotary, logn_B)
+    inputs = operands(x_BD, weights, start_B, tables)
     refs = jax.tree.map(jax.new_ref, kv)
     cached = tuple(name for name in kernel.CACHE if getattr(refs, name) is not None)
     launch = kernel.build(plan, tuple(inputs), cached)

@@ -130,14 +130,15 @@ class Plan:
         key_bias_dtype: of the keys' bias, or None.
         qk_norm: whether queries and keys are normed.
         logn: whether queries have a factor.
-        rotary_rows: leading size of the tables of the new positions.
-        table_rows: leading size of the tables of all positions, 0 without them.
+        table_rows: leading size of the rotary tables: 1, or one table a row.
         matrices: qkv, output, gate_up, down.
         blocks: of the grid, all resident.
         warps: that consume, a multiple of 4.
         slots: of all warps' rings.
         splits: parts of each (row, key/value head) of the cache.
-        skip: names of phases whose work is left out, to time the others (results are then meaningless).
+        skip: names of phases whose work is left out, to time the others (results are then meaningless); "cards" for
+            the sums over cards.
+        cards: that hold shares of the layers; what they share is not counted here: heads, F and matrices are one card's.
     """
 
     layers: int
@@ -159,7 +160,6 @@ class Plan:
     key_bias_dtype: str | None
     qk_norm: bool
     logn: bool
-    rotary_rows: int
     table_rows: int
     matrices: tuple[Matrix, ...]
     blocks: int
@@ -167,6 +167,7 @@ class Plan:
     slots: int
     splits: int
     skip: tuple[str, ...] = ()
+    cards: int = 1
 
     @property
     def share(self) -> int:

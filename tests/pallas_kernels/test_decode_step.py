@@ -113,7 +113,7 @@ class Case:
         at = np.asarray(self.lengths) - 1
         rows = np.arange(B) % self.table_rows
         self.rotary = [table[rows, at] for table in self.key_rotary]
-        self.logn_B = rng.uniform(1, 1.3, B).astype(np.float32) if self.logn else None
+        self.logn_S = rng.uniform(1, 1.3, S).astype(np.float32) if self.logn else None
 
     def weight(self, rows, columns):
         """(QuantizedTensor [L, rows, columns] in layout "mosaic_gpu", its float64 matrices)."""
@@ -138,8 +138,15 @@ class Case:
             layers.append(matrices | vectors)
         return reference.decode_step(
             self.x, layers, self.kv, self.lengths, self.rotary, epsilon=1e-6, scale=K**-0.5, first_layer=1,
-            key_rotary=self.key_rotary, logn_B=self.logn_B, window=self.window,
+            key_rotary=self.key_rotary, logn_B=self.logn_S[np.asarray(self.lengths) - 1] if self.logn else None,
+            window=self.window,
         )  # fmt: skip
+
+    def start(self):
+        return jnp.asarray(self.lengths, jnp.int32) - 1
+
+    def tables(self):
+        return op.Tables.of(*map(jnp.asarray, self.key_rotary), self.logn_S)
 
     def plan(self, blocks, **options):
         shape = op.shape_of(self.x, self.weights(), self.kv)
@@ -151,17 +158,14 @@ class Case:
             qk_norm=self.qk_norm,
             logn=self.logn,
             window=self.window,
-            rotary_rows=self.batch,
-            table_rows=self.table_rows if self.bias and self.quantized else 0,
+            table_rows=self.table_rows,
         )
         return op.plan_for(shape, blocks, **(facts | options))
 
 
 def emulate(case, plan, seed=0):
     """(hidden, cache) of the kernel's code, every warp of every block."""
-    inputs = op.operands(
-        plan, case.x, case.weights(), jnp.asarray(case.lengths), case.rotary, case.key_rotary, case.logn_B
-    )
+    inputs = op.operands(case.x, case.weights(), case.start(), case.tables())
     memories = {name: emulator.Memory(np.asarray(array)) for name, array in inputs.items()}
     for name, shape in kernel.result_shapes(plan).items():
         memories[name] = emulator.Memory(np.full(shape.shape, np.nan, shape.dtype))
@@ -224,13 +228,11 @@ def test_a_late_copy_is_waited_for(on_the_emulator):
 @pytest.mark.parametrize("quantized, bias", [(True, True), (True, False), (False, True)])
 def test_lowers_for_cuda_in_place(quantized, bias):
     case = Case(quantized=quantized, bias=bias)
-    tables = tuple(jnp.asarray(table) for table in case.key_rotary)
 
-    def step(x, weights, kv, lengths):
-        at = tuple(jnp.asarray(table) for table in case.rotary)
-        return op.run(x, weights, kv, lengths, at, chip=H100, epsilon=1e-6, key_rotary=tables, first_layer=1)
+    def step(x, weights, kv, start, tables):
+        return op.run(x, weights, kv, start, tables, chip=H100, epsilon=1e-6, first_layer=1)
 
-    arguments = jax.tree.map(jnp.asarray, (case.x, case.weights(), case.kv, jnp.asarray(case.lengths)))
+    arguments = jax.tree.map(jnp.asarray, (case.x, case.weights(), case.kv, case.start(), case.tables()))
     traced = jax.jit(step, donate_argnums=2).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("tf.aliasing_output") == (6 if quantized else 2)

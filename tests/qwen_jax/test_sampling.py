@@ -24,7 +24,9 @@ def reference_support(logits, config):
 def draw(logits, config, seeds, steps):
     B = len(seeds)
     numbers, filters = device_sampler(config, np.asarray(seeds))
-    return np.asarray(sample(np.tile(np.float32(logits), (B, 1)), None, np.asarray(steps, np.int32), numbers, filters))
+    return np.asarray(
+        sample(np.tile(np.float32(logits), (B, 1)), None, np.asarray(steps, np.int32), numbers, filters)[0]
+    )
 
 
 @given(
@@ -61,8 +63,8 @@ def test_repetition_penalty():
     numbers, filters = device_sampler(SamplingConfig(repetition_penalty=2.0), np.zeros(2))
     logits = np.float32([[3.0, 2.0, -1.0], [-0.5, -0.6, -4.0]])
     seen = np.array([[True, False, False], [True, False, False]])
-    np.testing.assert_array_equal(sample(logits, seen, np.zeros(2, np.int32), numbers, filters), [1, 1])
-    np.testing.assert_array_equal(sample(logits, ~seen, np.zeros(2, np.int32), numbers, filters), [0, 0])
+    np.testing.assert_array_equal(sample(logits, seen, np.zeros(2, np.int32), numbers, filters)[0], [1, 1])
+    np.testing.assert_array_equal(sample(logits, ~seen, np.zeros(2, np.int32), numbers, filters)[0], [0, 0])
 
 
 @pytest.mark.parametrize(
