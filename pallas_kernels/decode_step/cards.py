@@ -12,69 +12,16 @@ card writes the next but one only after it has read all parts of the next, which
 and thus read all of this one.
 """
 
-import dataclasses
-
-import jax
-from jax import lax
-
 from pallas_kernels.decode_step import instructions as d
+from pallas_kernels.decode_step.group import PLACES
 from pallas_kernels.decode_step.plan import STRIP, Matrix, Plan
 from pallas_kernels.kv_attention import warp as w
-
-PLACES = 2  # reductions of a layer, one place each
-
-
-def inbox_shape(plan: Plan) -> tuple[int, ...]:
-    """int32: place, card that wrote, row, column, (value, number)."""
-    return PLACES, plan.cards, plan.batch, plan.hidden, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Where the cards of a sum lie in the mesh of a `shard_map`.
-
-    Attributes:
-        axis: name of the mesh axis that they lie on.
-        mesh: (name, size) of all its axes, in their order.
-    """
-
-    axis: str
-    mesh: tuple[tuple[str, int], ...]
-
-    @classmethod
-    def here(cls, axis: str) -> "Group":
-        """Under a `shard_map`."""
-        mesh = jax.sharding.get_abstract_mesh()
-        return cls(axis, tuple(mesh.shape.items()))
-
-    @property
-    def size(self) -> int:
-        return dict(self.mesh)[self.axis]
-
-    @property
-    def stride(self) -> int:
-        """From one card of the group to the next, in the numbers of the devices."""
-        return self._strides()[self.axis]
-
-    def first(self):
-        """The number of the group's first device; int32, traced."""
-        strides, total = self._strides(), lax.axis_index(self.axis) * 0
-        for name, size in self.mesh:
-            if name != self.axis and size > 1:
-                total += lax.axis_index(name) * strides[name]
-        return total
-
-    def _strides(self) -> dict[str, int]:
-        strides, step = {}, 1
-        for name, size in reversed(self.mesh):
-            strides[name], step = step, step * size
-        return strides
 
 
 class Exchange:
     """One reduction of a layer, for one thread.
 
-    `pointers` hold "inbox", "rank" (this card's number in the group) and "inbox_of", which emits a card's inbox address.
+    `pointers` hold "inbox", "rank" (this card's number in the group) and "inbox_of" (emits a card's inbox address).
     """
 
     def __init__(self, plan: Plan, pointers, matrix: Matrix, block, layer):

@@ -9,7 +9,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_step import instructions as d
-from pallas_kernels.decode_step.cards import Group
+from pallas_kernels.decode_step.group import Group
 from pallas_kernels.decode_step.layer import consume
 from pallas_kernels.decode_step.loader import load
 from pallas_kernels.decode_step.plan import Plan
@@ -72,9 +72,7 @@ def build(plan: Plan, names: tuple[str, ...], cached: tuple[str, ...], group: Gr
         if group is not None:
             numbers += [lax.axis_index(group.axis), group.first()]
 
-        @plgpu.inline_mgpu(
-            arg_types=(*[plgpu.RefType()] * (len(order) + 1), *[plgpu.Layout.WG_SPLAT] * len(numbers))
-        )
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (len(order) + 1), *[plgpu.Layout.WG_SPLAT] * len(numbers)))
         def run(ctx, *values):
             refs, memory, numbers = values[: len(order)], values[len(order)], values[len(order) + 1 :]
             block, *place = [number.registers.item() for number in numbers]

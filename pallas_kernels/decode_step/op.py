@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_step import plan as plans
+from pallas_kernels.decode_step.group import Group, inbox_shape
 from pallas_kernels.kv_attention.tensor import KVArrays
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.layout_mosaic_gpu import LAYOUT
@@ -256,6 +257,7 @@ def run(
     epsilon: float,
     sliding_window: int | None = None,
     first_layer: int = 0,
+    axis: str | None = None,
     plan_options: dict[str, Any] | None = None,
 ) -> tuple[jax.Array, KVArrays]:
     """(hidden after all layers [B, D], the cache with the new token), one token a row; in place if kv is donated.
@@ -270,6 +272,9 @@ def run(
         epsilon: of all norms.
         sliding_window: only the newest so many tokens are seen; None for all.
         first_layer: the cache's layer of the block's first.
+        axis: under a `shard_map` over all axes, the mesh axis whose cards hold shares of the heads and of F: `output`
+            and `down` have a share's rows, and their sums over the cards are taken inside the launch. One process owns
+            all cards of the mesh, numbered in its order.
         plan_options: for tuning: fields of `plan.Plan`.
 
     Raises:
@@ -282,11 +287,14 @@ def run(
     def name_of(array):
         return None if array is None else jnp.dtype(array.dtype).name
 
+    group = None if axis is None else Group.here(axis)
+    group = None if group is None or group.size == 1 else group
     plan = plan_for(
         shape,
         MULTIPROCESSORS[chip],
         **(
             dict(
+                cards=1 if group is None else group.size,
                 cache_layers=kv.keys.shape[0],
                 first_layer=first_layer,
                 epsilon=epsilon,
@@ -300,16 +308,19 @@ def run(
             | (plan_options or {})
         ),
     )
-    return call(plan, x_BD, weights, kv, start_B, tables)
+    return call(plan, x_BD, weights, kv, start_B, tables, group)
 
 
-def call(plan, x_BD, weights, kv: KVArrays, start_B, tables: Tables):
+def call(plan, x_BD, weights, kv: KVArrays, start_B, tables: Tables, group: Group | None = None):
     """`run` with a plan."""
     from pallas_kernels.decode_step import kernel  # Mosaic GPU takes 0.6 s to import: only where a GPU runs it
 
     inputs = operands(x_BD, weights, start_B, tables)
     refs = jax.tree.map(jax.new_ref, kv)
     cached = tuple(name for name in kernel.CACHE if getattr(refs, name) is not None)
-    launch = kernel.build(plan, tuple(inputs), cached)
-    hidden_BD, *_ = launch(*inputs.values(), *(getattr(refs, name) for name in cached))
+    arrays = [getattr(refs, name) for name in cached]
+    if group is not None:
+        cached, arrays = (*cached, "inbox"), [*arrays, jax.new_ref(jnp.zeros(inbox_shape(plan), jnp.int32))]
+    launch = kernel.build(plan, tuple(inputs), cached, group)
+    hidden_BD, *_ = launch(*inputs.values(), *arrays)
     return hidden_BD, jax.tree.map(jax.freeze, refs)

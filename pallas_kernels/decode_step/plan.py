@@ -139,7 +139,7 @@ class Plan:
         splits: parts of each (row, key/value head) of the cache.
         skip: names of phases whose work is left out, to time the others (results are then meaningless); "cards" for
             the sums over cards.
-        cards: that hold shares of the layers; what they share is not counted here: heads, F and matrices are one card's.
+        cards: that hold shares of the layers; heads, F and matrices are those of one card.
     """
 
     layers: int

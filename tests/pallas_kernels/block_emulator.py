@@ -101,8 +101,9 @@ class Grid:
             which = -1 if self.stubborn else int(self.random.integers(0, len(self.copies)))
             target, at, data, barrier = self.copies.pop(which)
             target.bytes[at : at + len(data)] = data
-            barrier.bytes -= len(data)
-            barrier.settle()
+            if barrier is not None:  # a push to another card is nobody's to count
+                barrier.bytes -= len(data)
+                barrier.settle()
         return count > 0
 
 
