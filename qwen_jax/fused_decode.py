@@ -12,6 +12,7 @@ from pallas_kernels import decode_step
 from pallas_kernels.chip import default_chip
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.linear import Linear
+from qwen_jax.parallel_linear import RowParallelLinear
 
 _logger = logging.getLogger(__name__)
 
@@ -29,8 +30,13 @@ def layer_weights(block) -> decode_step.LayerWeights | str:
         "down": mlp.down,
     }
     for name, linear in matrices.items():
-        if type(linear) is not Linear:
+        split = isinstance(linear, RowParallelLinear) and name in ("output", "down")
+        if type(linear) is not Linear and not split:
             return f"its {name} is a {type(linear).__name__}"
+        if split and linear.inputs is not None:
+            return f"its {name} gathers other devices' inputs (act-order)"
+        if split and not linear.direct:
+            return "its devices belong to several processes, or are not numbered in the mesh's order"
         if not isinstance(linear.weight, QuantizedTensor):
             return f"its {name} is not quantized"
         if linear.bias is not None and name != "qkv":
@@ -78,6 +84,7 @@ def run(block, hidden_BTD, step, kv):
         epsilon=block.attention_norm.epsilon,
         sliding_window=block.attention.sliding_window,
         first_layer=block.first,
+        axis=block.mlp.down.axis if isinstance(block.mlp.down, RowParallelLinear) else None,
     )
     return hidden_BD[:, None], kv
 

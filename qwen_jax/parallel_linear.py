@@ -22,11 +22,12 @@ class RowParallelLinear(Linear):
         axis: the mesh axis the rows are split over.
         inputs: int32 [*stack, in] or None: act-order. Rows sorted by group need inputs of other devices, so that x (the
             attention's output, small) is gathered and row r multiplies entry inputs[r] of it.
+        direct: whether a kernel may write to the other devices' memory, see `sharding.Placement`.
     """
 
-    def __init__(self, weight, bias=None, *, axis: str, inputs=None, axes=(None, None), kernels="auto"):
+    def __init__(self, weight, bias=None, *, axis: str, direct=False, inputs=None, axes=(None, None), kernels="auto"):
         super().__init__(weight, bias, axes=axes, kernels=kernels)
-        self.axis = axis
+        self.axis, self.direct = axis, direct
         self.inputs = nnx.data(inputs)
 
     def __call__(self, x, layer=None, out_dtype=None):

@@ -110,7 +110,15 @@ class ShardedWeights(CheckpointWeights):
             inputs_LNI = np.stack(inputs).astype(np.int32)
             gathered = self.placement.put(lambda number: inputs_LNI[:, number], ("layers", axes[0]))
         bias = self._replicated(bias_LO, ("layers", axes[1])) if bias_LO.any() else None
-        return RowParallelLinear(tensors.value, bias, axis=MODEL, inputs=gathered, axes=axes, kernels=self.kernels)
+        return RowParallelLinear(
+            tensors.value,
+            bias,
+            axis=MODEL,
+            direct=self.placement.direct,
+            inputs=gathered,
+            axes=axes,
+            kernels=self.kernels,
+        )
 
     def norm(self, path, layers) -> RMSNorm:
         """See `model.Weights`."""

@@ -263,6 +263,7 @@ class Placement:
         mesh: axes "data" and "model".
         data: devices along "data".
         model: devices along "model".
+        direct: whether a kernel may write to its peers' memory: this process owns all devices, numbered in their order.
     """
 
     def __init__(self, mesh: Mesh):
@@ -276,6 +277,8 @@ class Placement:
         if not self._devices:
             raise ValueError(f"mesh: no device of process {process}, expected some of every process's.")
         self.numbers = sorted({number for number, _ in self._devices})
+        ids = [device.id for device in mesh.devices.flat]
+        self.direct = len(self._devices) == len(ids) and ids == list(range(len(ids)))
 
     def sharding(self, names: Sequence[str]) -> NamedSharding:
         """Where an array with these dimensions lies."""
