@@ -1,29 +1,50 @@
-"""Calibration activations between two steps of the pipeline: on the host, and on disk past a limit."""
+"""Calibration activations between two steps of the pipeline: on the devices, the host, or disk, as there is room."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 
+def device_room(devices: Sequence[jax.Device], needed: int) -> int:
+    """Bytes of activations that the devices can keep between them, beside `needed` on each; 0 for CPUs.
+
+    At most half of what is free: what a step takes for itself is an estimate.
+    """
+    statistics = [device.memory_stats() or {} for device in devices]
+    if any(device.platform == "cpu" for device in devices) or any("bytes_limit" not in each for each in statistics):
+        return 0
+    free = min(each["bytes_limit"] - each.get("bytes_in_use", 0) for each in statistics)
+    return len(devices) * max(min(free // 2, free - needed), 0)
+
+
 class ActivationStore:
-    """Arrays by (name, batch), in memory while `limit` bytes last, then in files of their own.
+    """Arrays by (name, batch): left on their device while `device_limit` bytes last, then on the host, then on disk.
 
     Attributes:
+        moved: bytes that went from the devices to the host, in all.
         spilled: bytes that went to disk, in all.
     """
 
-    def __init__(self, limit: int, folder: Path):
-        """`folder` takes the files, in a folder of their own that disappears with the store."""
-        self._limit, self._parent = limit, folder
-        self._held: dict[tuple[str, int], np.ndarray] = {}
-        self._used = 0
+    def __init__(self, limit: int, folder: Path, device_limit: int = 0):
+        """`limit` bytes on the host; `folder` takes the files, in a folder of their own that goes with the store."""
+        self._limit, self._parent, self._device_limit = limit, folder, device_limit
+        self._held: dict[tuple[str, int], np.ndarray | jax.Array] = {}
+        self._used = self._device_used = 0
         self._folder: tempfile.TemporaryDirectory | None = None
-        self.spilled = 0
+        self.moved = self.spilled = 0
 
     def put(self, name: str, batch: int, array) -> None:
         """Keeps an array under (name, batch), in place of what was there."""
         self.drop(name, batch)
+        if isinstance(array, jax.Array):
+            if self._device_used + array.nbytes <= self._device_limit:
+                self._device_used += array.nbytes
+                self._held[name, batch] = array
+                return
+            self.moved += array.nbytes
         array = np.asarray(array)
         if self._used + array.nbytes <= self._limit:
             self._used += array.nbytes
@@ -36,8 +57,8 @@ class ActivationStore:
         self.spilled += array.nbytes
         self._held[name, batch] = file
 
-    def get(self, name: str, batch: int) -> np.ndarray:
-        """The array."""
+    def get(self, name: str, batch: int) -> np.ndarray | jax.Array:
+        """The array, where it lies."""
         return self._held[name, batch]
 
     def drop(self, name: str, batch: int) -> None:
@@ -46,6 +67,8 @@ class ActivationStore:
         if isinstance(old, np.memmap):
             assert self._folder is not None
             (Path(self._folder.name) / f"{name}-{batch}").unlink(missing_ok=True)
+        elif isinstance(old, jax.Array):
+            self._device_used -= old.nbytes
         elif old is not None:
             self._used -= old.nbytes
 

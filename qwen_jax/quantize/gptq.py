@@ -16,7 +16,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.quantized_matmul import QuantizedTensor
-from pallas_kernels.quantized_matmul.layout import BITS, from_integers
+from pallas_kernels.quantized_matmul.layout import BITS
+from qwen_jax.quantize.assembly import Places, assembled
 from qwen_jax.quantize.grids import HALF_MAX, PRECISION, Grid, find_grid, round_onto, static_grids
 
 logger = logging.getLogger("qwen_jax")
@@ -109,6 +110,8 @@ def quantize_matrix(
         raise ValueError(f"{where}: H has shape {hessian_II.shape}, expected {(in_features, in_features)}.")
     if not bool(jnp.isfinite(hessian_II).all()):
         raise ValueError(f"{where}: NaN or infinity in the activations; check the weights of the layers before it.")
+    if cross_IO is not None and not bool(jnp.isfinite(cross_IO).all()):
+        raise ValueError(f"{where}: NaN or infinity in the activations of the float model; check the layers before it.")
     if not bool(jnp.isfinite(weight_IO).all()):
         raise ValueError(f"{where}: NaN or infinity in the weights; check the checkpoint.")
     if float(jnp.abs(weight_IO).max()) / ((1 << settings.bits) - 1) > HALF_MAX / 4:
@@ -125,11 +128,12 @@ def quantize_matrix(
 
     behind = 0 if settings.scale_search or AUTOGPTQ_BLOCK % plan.chunk else AUTOGPTQ_BLOCK
     padded = -(-len(plan.row_R) // behind) * behind if behind else len(plan.row_R)
-    row_R, place_I = jnp.asarray(plan.row_R), jnp.asarray(plan.place_I)
-    lower_RR = jnp.zeros((padded, padded)).at[place_I[:, None], place_I].set(lower_II)
-    loading_R = jnp.zeros(padded).at[place_I].set(loading_I)
-    target_RO = jnp.where(row_R[:, None] >= 0, target_IO[row_R], 0.0)
-    target_RO = jnp.pad(target_RO, ((0, padded - len(row_R)), (0, 0)))
+    place_I = jnp.asarray(plan.place_I)
+    lower_RR, loading_R, target_RO = lower_II, loading_I, target_IO[plan.order_I]
+    if padded > in_features:
+        lower_RR = jnp.zeros((padded, padded)).at[place_I[:, None], place_I].set(lower_II)
+        loading_R = jnp.zeros(padded).at[place_I].set(loading_I)
+        target_RO = jnp.zeros((padded, target_IO.shape[1])).at[place_I].set(target_RO)
     static = None
     if settings.static_groups and plan.groups > 1:
         loading_of_row_I = jnp.zeros(in_features).at[plan.order_I].set(loading_I)
@@ -140,20 +144,14 @@ def quantize_matrix(
     )
     if static is not None:
         scales_CO, zeros_CO = static[:2]
-    q_IO, scales_GO, zeros_GO = plan.collect(np.asarray(q_RO), np.asarray(scales_CO), np.asarray(zeros_CO))
-    tensor = from_integers(
-        q_IO,
-        scales_GO.astype(np.float16),
-        None if settings.sym else zeros_GO,
+    packed, scales, zeros, quantized_IO = assembled(q_RO, scales_CO, zeros_CO, plan.places(), bits=settings.bits)
+    tensor = QuantizedTensor(
+        *jax.device_get((packed, scales, None if settings.sym else zeros)),
         plan.permutation,
         bits=settings.bits,
         group_size=plan.group_size,
+        in_features=in_features,
     )
-    group_I = np.arange(in_features) // plan.group_size
-    quantized_IO = scales_GO[group_I] * (q_IO - zeros_GO[group_I])
-    if plan.permutation is not None:
-        quantized_IO = quantized_IO[np.argsort(plan.permutation)]
-    quantized_IO = jnp.asarray(quantized_IO)
     return QuantizedMatrix(tensor, quantized_IO, float(relative_error(quantized_IO, target_IO, hessian_II)), damp)
 
 
@@ -228,17 +226,16 @@ class _Plan:
         permutation = order_I.astype(np.int32) if moved else None
         return cls(order_I, row_R, place_I, chunk, step, None if static else group_C, permutation, group_size, groups)
 
-    def collect(self, q_RO, scales_CO, zeros_CO):
-        """Integers [in, out] in stored order, scales and zero-points [groups, out]."""
-        q_IO = q_RO[self.place_I]
+    def places(self) -> Places:
+        """Where the stored rows and groups are."""
+        row_I, natural_I = self.place_I, None
         if self.permutation is None:
-            natural_IO = np.empty_like(q_IO)
-            natural_IO[self.order_I] = q_IO
-            q_IO = natural_IO
-        if self.group_C is None:
-            return q_IO, scales_CO, zeros_CO
-        back = np.argsort(self.group_C)
-        return q_IO, scales_CO[back], zeros_CO[back]
+            row_I = np.empty_like(self.place_I)
+            row_I[self.order_I] = self.place_I
+        else:
+            natural_I = np.argsort(self.permutation)
+        chunk_G = np.arange(self.groups) if self.group_C is None else np.argsort(self.group_C)
+        return Places(row_I, chunk_G, np.arange(len(row_I)) // self.group_size, natural_I)
 
 
 # -- the factor of H -------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from qwen_jax.quantize.grids import PRECISION
 class Moments:
     """Running means over tokens: H = mean x xᵀ [in, in], and the cross moments with what is missing from x or x W.
 
-    Products are of float32 with float32, sums float32. Of H, which is symmetric, only the blocks on and above the
-    diagonal are computed, and mirrored at the end.
+    Sums are float32. So are the factors, but for those that both come in the same 16 bits: their products are exact in
+    float32, on the chip's fast path. Of H, which is symmetric, only the blocks on and above the diagonal are computed,
+    and mirrored at the end.
     """
 
     def __init__(self, in_features: int):
@@ -67,13 +68,17 @@ def _cuts(in_features: int) -> list[int]:
 
 
 def _tokens(x_BTI, mask_BT):
-    x_BTI = x_BTI.astype(jnp.float32)
     # Selected, not multiplied: what stands in padding may be anything.
-    return jnp.where(mask_BT[..., None] > 0, x_BTI, 0.0).reshape(-1, x_BTI.shape[-1])
+    return jnp.where(mask_BT[..., None] > 0, x_BTI, jnp.zeros((), x_BTI.dtype)).reshape(-1, x_BTI.shape[-1])
 
 
 def _product(x_MI, y_MO):
-    return jax.lax.dot_general(x_MI, y_MO, (((0,), (0,)), ((), ())), precision=PRECISION)
+    precision = None  # 16 bits lose nothing at any
+    if x_MI.dtype != y_MO.dtype or x_MI.dtype.itemsize != 2:
+        x_MI, y_MO, precision = x_MI.astype(jnp.float32), y_MO.astype(jnp.float32), PRECISION
+    return jax.lax.dot_general(
+        x_MI, y_MO, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -59,17 +59,25 @@ class Layer:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, number: int, dtype: str, place=jnp.asarray) -> "Layer":
-        """Layer `number` of a float checkpoint; `place` puts an array on the devices."""
-        prefix, projections, norms = f"layers.{number}.", {}, {}
+        """Layer `number` of a float checkpoint; `place` puts an array on the devices.
+
+        Raises:
+            ValueError: NaN or infinity in a weight, a bias or a norm's scale; names it.
+        """
+        prefix, projections, norms, finite = f"layers.{number}.", {}, {}, {}
         for path in names.modules(checkpoint.config):
             if path.startswith(prefix):
                 module = checkpoint.read(path)
-                weight_IO = np.ascontiguousarray(module.weight.data.astype(np.float32).T)
-                projections[path.removeprefix(prefix)] = Projection(place(weight_IO), module.bias)
+                weight_IO, finite[path] = _logical(place(np.ascontiguousarray(module.weight.data)))
+                if module.bias is not None:
+                    finite[f"{path}.bias"] = np.isfinite(module.bias).all()
+                projections[path.removeprefix(prefix)] = Projection(weight_IO, module.bias)
         for path in names.vectors(checkpoint.config):
             if path.startswith(prefix):
                 vector = checkpoint.read_vector(path).astype(np.float32)
+                finite[path] = np.isfinite(vector).all()
                 norms[path.removeprefix(prefix).removesuffix(".scale")] = place(vector)
+        check_finite(finite)
         return cls(checkpoint.config, number, projections, norms, dtype)
 
     def copy(self) -> "Layer":
@@ -147,6 +155,19 @@ class Layer:
         """The residual stream after projection `path` ("attention.output" or "mlp.down") of its input."""
         projection = self.projections[path]
         return _add(self._linear(projection.weight_IO, projection.bias), hidden_BTD, x_BTI)
+
+
+def check_finite(finite: dict) -> None:
+    """Raises a ValueError that names the first of our paths whose flag is false."""
+    for path, fine in jax.device_get(finite).items():
+        if not fine:
+            raise ValueError(f"{path}: NaN or infinity in the weights; check the checkpoint.")
+
+
+@jax.jit
+def _logical(data_OI):
+    """A file's matrix as float32 [in, out], and whether it is finite."""
+    return data_OI.T.astype(jnp.float32), jnp.isfinite(data_OI).all()
 
 
 @jax.jit

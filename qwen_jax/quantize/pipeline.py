@@ -14,11 +14,11 @@ from converters.huggingface import Checkpoint, Module
 from pallas_kernels.quantized_matmul import QuantizedTensor, layout
 from qwen_jax.errors import CheckpointError
 from qwen_jax.json_keys import read_json
-from qwen_jax.quantize.activations import ActivationStore
+from qwen_jax.quantize.activations import ActivationStore, device_room
 from qwen_jax.quantize.calibration import check_rows, read_calibration
 from qwen_jax.quantize.progress import Progress, fingerprint
 from qwen_jax.quantize.settings import QuantizeSettings
-from qwen_jax.quantize.streams import BATCH_TOKENS, ModuleReport, Streams
+from qwen_jax.quantize.streams import BATCH_TOKENS, HEAD_SLICE, ModuleReport, Streams
 
 
 def quantize(
@@ -32,13 +32,15 @@ def quantize(
     resume: bool = True,
     devices: Sequence[jax.Device] | None = None,
     memory_limit: int | None = None,
+    device_limit: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[ModuleReport, int, int], None] = lambda report, done, total: None,
 ) -> list[ModuleReport]:
     """Quantizes the layers' matrices of a checkpoint with GPTQ and writes what AutoGPTQ would write.
 
     One layer at a time is on the device, its float weights, the second moments of one step's inputs and a batch; the
-    calibration activations wait on the host, on disk past `memory_limit`. An interrupted run, started again in the same
+    calibration activations wait there too while there is room (`device_limit`), then on the host, then, past
+    `memory_limit`, on disk. An interrupted run, started again in the same
     way, goes on at the layer it reached and gives the same bytes; with anything changed it starts anew and says why.
 
     Args:
@@ -46,11 +48,14 @@ def quantize(
         target: the folder to write; it appears complete or not at all.
         calibration: rows of token ids, or a file (see `read_calibration`, 128 rows of 512 tokens).
         settings: see `QuantizeSettings`.
-        dtype: of activations: "float32", "bfloat16", or "auto" (bfloat16 where the device computes in it).
+        dtype: of activations: "float32", "bfloat16", or "auto": bfloat16 where the device computes in it, else float32.
+            float16 can be asked for, but activations of some models are too large for it.
         overwrite: replace a target that is there.
         resume: take up what an interrupted run has left; else begin anew.
         devices: that share the calibration rows; None for all of the default backend, but one CPU.
-        memory_limit: bytes of activations kept in memory; None for half of what is free.
+        memory_limit: bytes of activations kept in the host's memory; None for half of what is free.
+        device_limit: bytes of activations kept on the devices, in all; None for what a layer leaves free, at most half
+            of what is free before it. On CPUs nothing counts as the devices'.
         batch_tokens: calibration tokens that a device takes at once.
         progress: called after each module with its report, the modules done and their number.
 
@@ -62,7 +67,6 @@ def quantize(
         ValueError: bad settings or calibration rows; NaN or infinity in weights or activations, naming the module.
         OSError: no disk space.
     """
-    from qwen_jax.causal_lm import default_dtype  # late: it loads the whole model code
     from qwen_jax.checkpoint_store import find
 
     settings = QuantizeSettings() if settings is None else settings
@@ -83,7 +87,7 @@ def quantize(
     rows = check_rows(calibration, checkpoint.config.vocab_size, checkpoint.config.max_position_embeddings)
     if devices is None:
         devices = jax.devices()[:1] if jax.default_backend() == "cpu" else jax.local_devices()
-    dtype = default_dtype(devices[0]) if dtype == "auto" else dtype
+    dtype = calibration_dtype(devices[0]) if dtype == "auto" else dtype
     wanted = _modules(checkpoint, settings)
     if not wanted:
         raise ValueError("dynamic: leaves every module in float; nothing to quantize.")
@@ -102,7 +106,9 @@ def quantize(
 
     if memory_limit is None:
         memory_limit = psutil.virtual_memory().available // 2
-    store = ActivationStore(memory_limit, folder)
+    if device_limit is None:
+        device_limit = device_room(devices, _layer_bytes(checkpoint, batch_tokens))
+    store = ActivationStore(memory_limit, folder, device_limit)
     try:
         streams = Streams(
             checkpoint,
@@ -141,11 +147,36 @@ def quantize(
     return reports
 
 
+def calibration_dtype(device: jax.Device) -> str:
+    """bfloat16 where the device computes in it, else float32: on older GPUs, too, where models run in float16.
+
+    What models run in is no help here: activations beyond float16's range would be infinite, and end the run.
+    """
+    from qwen_jax.causal_lm import default_dtype  # late: it loads the whole model code
+
+    return "bfloat16" if default_dtype(device) == "bfloat16" else "float32"
+
+
 def _modules(checkpoint: Checkpoint, settings: QuantizeSettings) -> list[str]:
     """Our paths of the modules that will be quantized."""
     parsed, family = settings.parsed(), checkpoint.config.family
     paths = [path for path in names.modules(checkpoint.config) if path != "embedding"]
     return [path for path in paths if settings.matrix(names.theirs(family, path), parsed) is not None]
+
+
+def _layer_bytes(checkpoint: Checkpoint, batch_tokens: int) -> int:
+    """About what a device needs for one layer beside the calibration activations, from above.
+
+    Its weights as they are and as they become, each in float32; of the largest matrix and of the largest H eight
+    arrays in float32 each (H, its factor, its order, errors, aims, …); a batch's inner activations and the scores of
+    its attention likewise.
+    """
+    config = checkpoint.config
+    shapes = [shape for path, shape in names.modules(config).items() if path.startswith("layers.0.")]
+    weights = sum(in_features * out_features for in_features, out_features in shapes)
+    widest = max(in_features for in_features, _ in shapes)
+    batch = 4 * batch_tokens * config.intermediate_size + 3 * batch_tokens * config.num_heads * 2048
+    return 4 * (2 * weights + 8 * widest**2 + 8 * max(weights // 2, config.hidden_size * HEAD_SLICE) + batch)
 
 
 def _parameters(checkpoint: Checkpoint, finished: Progress, head: QuantizedTensor | None) -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from qwen_jax.quantize.settings import QuantizeSettings
 
 logger = logging.getLogger("qwen_jax")
 
-FORMAT = 1  # of the folder, and of the arithmetic: raise it when the same input gives other numbers
+FORMAT = 2  # of the folder, and of the arithmetic: raise it when the same input gives other numbers
 LEAVES, STATIC = ("packed", "scales", "zeros", "permutation"), ("bits", "group_size", "in_features")
 
 

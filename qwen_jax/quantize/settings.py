@@ -31,8 +31,8 @@ class QuantizeSettings:
         dynamic: settings of some modules, as GPTQModel's: {"+:regular expression": {"bits": 8}, "-:…": {}}; "-:" leaves
             a module in float. Matched against the file's module names, from their beginning.
         format: "gptq" (what AutoGPTQ writes), "gptq_v2" or "compressed-tensors" (pack-quantized). GPTQModel reads
-            asymmetric weights of others in "gptq_v2" alone; compressed-tensors 0.20 reads act-order only with
-            `static_groups`.
+            asymmetric weights of others in "gptq_v2" alone; compressed-tensors reads act-order only with
+            `static_groups`, and nothing else is written.
     """
 
     bits: int = 4
@@ -55,6 +55,11 @@ class QuantizeSettings:
             raise ValueError(f"propagation is {self.propagation}, expected 0 to 1.")
         if self.format == "compressed-tensors" and self.dynamic:
             raise ValueError("dynamic: is not written in format 'compressed-tensors'; use format 'gptq'.")
+        if self.format == "compressed-tensors" and self.desc_act and not self.static_groups:
+            raise ValueError(
+                "desc_act: compressed-tensors 0.20 no longer reads groups formed along act-order; add static_groups, "
+                "which it reads and which cost nothing at run time, or use format 'gptq'."
+            )
         MatrixSettings(self.bits, self.group_size, damp=self.damp)  # checks them
         self.parsed()
 
@@ -91,7 +96,7 @@ class QuantizeSettings:
             "symmetric": self.sym,
             "strategy": "channel" if self.group_size == -1 else "group",
             "group_size": None if self.group_size == -1 else self.group_size,
-            "actorder": "group" if self.desc_act and not self.static_groups else None,
+            "actorder": None,  # static groups lie in the natural order, whatever that of rounding was
             "dynamic": False,
         }
         group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}

@@ -21,7 +21,7 @@ from qwen_jax.linear import RMSNorm
 from qwen_jax.quantize.activations import ActivationStore
 from qwen_jax.quantize.gptq import MatrixSettings, QuantizedMatrix, quantize_matrix
 from qwen_jax.quantize.hessian import Moments
-from qwen_jax.quantize.layer import Layer, normed
+from qwen_jax.quantize.layer import Layer, check_finite, normed
 from qwen_jax.quantize.settings import QuantizeSettings
 
 HEAD_SLICE = 1 << 14  # outputs of the head that are quantized at a time
@@ -102,10 +102,19 @@ class Streams:
         self.parsed = settings.parsed()
 
     def start(self) -> None:
-        """Looks the tokens up."""
+        """Looks the tokens up.
+
+        Raises:
+            ValueError: NaN or infinity in what stands outside the layers, also where no token reaches it.
+        """
         table_VD = self.checkpoint.read("embedding").weight.data
+        finite = {"embedding": _finite(table_VD)}
+        finite["final_norm.scale"] = _finite(self.checkpoint.read_vector("final_norm.scale"))
+        if "lm_head" in self.checkpoint.paths:
+            finite["lm_head"] = _finite(self.checkpoint.read("lm_head").weight.data)
+        check_finite(finite)
         for b, batch in enumerate(self.batches):
-            hidden_BTD = table_VD[batch.ids_BT].astype(jnp.dtype(self.dtype))
+            hidden_BTD = self._put(table_VD[batch.ids_BT].astype(jnp.dtype(self.dtype)))
             self.store.put("hidden", b, hidden_BTD)
             if self.propagate:
                 self.store.put("float_hidden", b, hidden_BTD)
@@ -281,6 +290,11 @@ class Streams:
 
     def _get(self, name: str, b: int):
         return self._put(self.store.get(name, b))
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether all numbers are finite; a part of the rows at a time, for tables are large."""
+    return all(np.isfinite(array[first : first + HEAD_SLICE]).all() for first in range(0, len(array), HEAD_SLICE))
 
 
 @jax.jit

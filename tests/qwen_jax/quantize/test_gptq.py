@@ -232,6 +232,12 @@ def test_bad_input(change, message):
         quantize_matrix(*change(weight_IO, hessian_II), MatrixSettings(4, 32), where="here")
 
 
+def test_a_float_stream_that_overflows():
+    _, weight_IO, hessian_II = correlated()
+    with pytest.raises(ValueError, match="here: NaN or infinity in the activations of the float model"):
+        quantize_matrix(weight_IO, hessian_II, MatrixSettings(4, 32), cross_IO=weight_IO * np.inf, where="here")
+
+
 @pytest.mark.parametrize("bad", [{"bits": 5}, {"group_size": 0}, {"order": "x"}, {"damp": 1.0}])
 def test_bad_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

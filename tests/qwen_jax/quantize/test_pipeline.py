@@ -89,7 +89,7 @@ def test_both_streams_are_the_models_own(case, tmp_path):
         {"sym": False, "desc_act": True},
         {"sym": False, "format": "gptq_v2", "group_size": -1, "bits": 3},
         {"desc_act": True, "static_groups": True, "bits": 8},
-        {"format": "compressed-tensors", "desc_act": True},
+        {"format": "compressed-tensors", "desc_act": True, "static_groups": True},
         {"lm_head": True, "dynamic": {"-:.*down_proj": {}, r"+:.*\.0\..*q_proj": {"bits": 8, "group_size": 64}}},
     ],
     ids=lambda change: "-".join(map(str, change)),
@@ -237,11 +237,22 @@ def test_moments_are_the_streams_own(path, tmp_path, monkeypatch):
         assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
 
 
-def test_devices_and_disk_change_nothing(tmp_path):
+def test_devices_and_disk_change_nothing(tmp_path, monkeypatch):
     settings = dataclasses.replace(SMALL, scale_search=False)
     one = run(QWEN2, tmp_path / "one", settings)
-    run(QWEN2, tmp_path / "disk", settings, memory_limit=0)
-    assert same(tmp_path / "one", tmp_path / "disk")
+    stores = []
+
+    class Store(ActivationStore):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            stores.append(self)
+
+    monkeypatch.setattr(pipeline_module, "ActivationStore", Store)
+    for name, limits in (("disk", (0, 0)), ("device", (1 << 30, 1 << 30)), ("both", (1 << 30, 200_000))):
+        run(QWEN2, tmp_path / name, settings, memory_limit=limits[0], device_limit=limits[1])
+        assert same(tmp_path / "one", tmp_path / name)
+    disk, device, both = stores
+    assert disk.spilled > 0 and disk.moved > 0 == device.moved == device.spilled and 0 < both.moved < disk.moved
     four = run(QWEN2, tmp_path / "four", settings, devices=jax.devices()[:4])
     # But for the order of sums, which moves a scale by its last bit here and there, and integers after it.
     words = [np.asarray(Checkpoint(tmp_path / name).read("layers.0.mlp.up").weight.packed) for name in ("one", "four")]
@@ -342,15 +353,37 @@ def test_no_disk_space(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_nan_in_a_weight_is_named(tmp_path):
+NAN, INF = np.nan, np.inf
+W, A = "NaN or infinity in the weights", "NaN or infinity in the activations"
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "where"),
+    [
+        ("embed_tokens.weight", (511, 3), NAN, f"embedding: {W}"),  # of a token that no row holds
+        ("lm_head.weight", (5, 3), INF, f"lm_head: {W}"),  # stays float
+        ("norm.weight", 7, NAN, rf"final_norm\.scale: {W}"),
+        ("layers.1.mlp.up_proj.weight", (3, 4), NAN, rf"layers\.1\.mlp\.up: {W}"),
+        ("layers.2.mlp.down_proj.weight", (3, 4), INF, rf"layers\.2\.mlp\.down: {W}"),  # stays float
+        ("layers.1.self_attn.v_proj.bias", 2, -INF, rf"layers\.1\.attention\.value\.bias: {W}"),
+        ("layers.2.input_layernorm.weight", 0, NAN, rf"layers\.2\.attention_norm\.scale: {W}"),
+        # Finite, but what comes of them is not: squares of the inputs, then of gate times up.
+        ("layers.1.post_attention_layernorm.weight", ..., 1e25, rf"layers\.1\.mlp\.gate, layers\.1\.mlp\.up: {A}"),
+        ("layers.1.post_attention_layernorm.weight", ..., 1e15, rf"layers\.1\.mlp\.down: {A}"),
+        ("layers.1.self_attn.v_proj.bias", ..., 1e25, rf"layers\.1\.attention\.output: {A}"),
+    ],
+)
+def test_what_is_not_finite_is_named(name, index, value, where, tmp_path):
     folder = tmp_path / "source"
     shutil.copytree(source(QWEN2), folder)
     shard = next(folder.glob("*.safetensors"))
-    tensors = load_file(shard)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    tensors = {key: array.astype(np.float32) for key, array in load_file(shard).items()}
+    name = name if name.startswith("lm_head") else f"model.{name}"
+    tensors[name][index] = value
     save_file(tensors, shard)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate, layers\.1\.mlp\.up: NaN or infinity in the weights"):
-        quantize(folder, tmp_path / "out", ROWS, SMALL, dtype="float32")
+    settings = dataclasses.replace(SMALL, scale_search=False, dynamic={"-:.*layers.2.*down_proj": {}})
+    with pytest.raises(ValueError, match=where):
+        quantize(folder, tmp_path / "out", ROWS, settings, dtype="float32")
     assert not (tmp_path / "out").exists()
 
 
