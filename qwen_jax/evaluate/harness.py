@@ -1,6 +1,8 @@
 """lm-eval's tasks on our model: MMLU, C-Eval, GSM8K, HumanEval and any other, also from local files."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]  (an extra of its own)
@@ -121,21 +123,48 @@ def run_tasks(
         unsafe_code: run the code that the model writes, which tasks like HumanEval need; without it they are refused.
         batch_size: see `HarnessModel`.
         seed: of few-shot examples and sampling.
+
+    Raises:
+        ValueError: a task runs the model's code and `unsafe_code` is false; a task sets what is not known.
     """
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     run: Any = simple_evaluate  # its decorator hides the signature from type checkers
-    results = run(
-        model=HarnessModel(model, tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=chat_template,
-        fewshot_as_multiturn=chat_template,
-        confirm_run_unsafe_code=unsafe_code,
-        random_seed=seed,
-        fewshot_random_seed=seed,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    # Before anything is loaded: such tasks run a first piece of code when their files are imported.
+    entries = [manager.task_index.get(task) for task in tasks]
+    unsafe = [entry.name for entry in entries if entry is not None and (entry.cfg or {}).get("unsafe_code")]
+    if unsafe and not unsafe_code:
+        raise ValueError(
+            f"{', '.join(unsafe)}: runs code that the model writes on this machine; pass --unsafe-code "
+            "(unsafe_code=True) if nothing here can come to harm."
+        )
+    with _code_execution(unsafe_code):
+        results = run(
+            model=HarnessModel(model, tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=chat_template,
+            confirm_run_unsafe_code=unsafe_code,
+            random_seed=seed,
+            fewshot_random_seed=seed,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
     return results["results"]
+
+
+@contextlib.contextmanager
+def _code_execution(allowed: bool) -> Iterator[None]:
+    """Sets the switch that the package `evaluate` looks at before it runs a model's code; what it was comes back."""
+    name = "HF_ALLOW_CODE_EVAL"
+    before = os.environ.pop(name, None)
+    if allowed:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before

@@ -1,6 +1,7 @@
 """lm-eval on local task files, offline; runs where lm-eval is installed (extra `eval`)."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,46 @@ def test_local_tasks(tasks, chat):
         right += (no > yes) == bool(question["answer"])
     assert results["choice"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
     assert results["free"]["exact_match,none"] == 0
+
+
+CODE = """task: code
+unsafe_code: true
+output_type: generate_until
+doc_to_target: ''
+metric_list: [{metric: !function code_metric.passed, aggregation: mean, higher_is_better: true}]
+generation_kwargs: {until: ['no'], max_gen_toks: 4, do_sample: false}
+"""
+# As HumanEval's: asks for the switch when it is imported, and runs what the model wrote.
+CODE_METRIC = """import os
+import pathlib
+ran = pathlib.Path(__file__).parent / "ran"
+if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+    raise ValueError("not allowed")
+ran.write_text("")
+def passed(references, predictions):
+    ran.write_text(ran.read_text() + "answer ")
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("name", ["code", "several"])
+def test_code_of_the_model_runs_only_when_asked(name, tasks, monkeypatch):
+    from qwen_jax.evaluate.harness import run_tasks
+
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")  # said for something else
+    (tasks / "code.yaml").write_text(CODE + COMMON.format(data=tasks / "data.json"))
+    (tasks / "code_metric.py").write_text(CODE_METRIC)
+    (tasks / "several.yaml").write_text("group: several\ntask: [code]\n")
+    model = QwenForCausalLM.from_pretrained(CASE, dtype="float32", max_length=64)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "generate", lambda *arguments, **options: pytest.fail("the model was asked"))
+        message = "code: runs code that the model writes .* --unsafe-code" if name == "code" else "not allowed"
+        with pytest.raises(ValueError, match=message):
+            run_tasks(model, Bytes(), [name], include_path=str(tasks))
+    assert not (tasks / "ran").exists()
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
+    results = run_tasks(model, Bytes(), [name], include_path=str(tasks), unsafe_code=True)
+    assert (tasks / "ran").read_text() == "answer " * len(QUESTIONS)
+    assert results["code"]["passed,none"] == 1.0
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
