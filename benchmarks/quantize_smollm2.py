@@ -22,6 +22,7 @@ from qwen_jax import QwenForCausalLM
 from qwen_jax.demo.smollm2 import smollm2_folder
 from qwen_jax.evaluate import perplexity
 from qwen_jax.quantize import QuantizeSettings, quantize
+from qwen_jax.quantize.streams import BATCH_TOKENS
 
 TOKENS, ROW = 8192, 512
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=128, help="calibration rows of 512 tokens, of 128")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="a field of QuantizeSettings")
+    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="changes the order of sums, no more")
     parser.add_argument("--kv8", action="store_true", help="also the perplexity through the 8-bit KV cache (slow)")
     arguments = parser.parse_args()
     settings = {"group_size": 64} | {
@@ -42,12 +44,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "quantized"
         wall, cpu = time.perf_counter(), time.process_time()
-        reports = quantize(source, target, list(rows), QuantizeSettings(**settings), dtype="float32")
+        how = QuantizeSettings(**settings)
+        reports = quantize(source, target, list(rows), how, dtype="float32", batch_tokens=arguments.batch_tokens)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         model = QwenForCausalLM.from_pretrained(target, dtype="float32")
         result = {
             "rows": len(rows),
             "settings": settings,
+            "batch_tokens": arguments.batch_tokens,
             "perplexity": round(perplexity(model, ids, limit=TOKENS), 4),
             "mean_relative_error": float(np.mean([report.error for report in reports])),
             "wall_seconds": round(wall, 1),
