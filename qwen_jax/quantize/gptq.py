@@ -145,8 +145,11 @@ def quantize_matrix(
     if static is not None:
         scales_CO, zeros_CO = static[:2]
     packed, scales, zeros, quantized_IO = assembled(q_RO, scales_CO, zeros_CO, plan.places(), bits=settings.bits)
+    packed, scales, zeros = jax.device_get((packed, scales, None if settings.sym else zeros))
     tensor = QuantizedTensor(
-        *jax.device_get((packed, scales, None if settings.sym else zeros)),
+        packed,
+        scales,
+        zeros,
         plan.permutation,
         bits=settings.bits,
         group_size=plan.group_size,
