@@ -87,7 +87,7 @@ class Recorder:
     """`Weights` that passes another's through and notes every array by name, for saving."""
 
     def __init__(self, weights: CheckpointWeights):
-        self.weights, self.config = weights, weights.config
+        self.weights, self.config, self.cache_axis = weights, weights.config, weights.cache_axis
         self.arrays: dict[str, jax.Array] = {}
         self.modules: dict[str, dict] = {}
         self.ranges = [[layers.start, layers.stop] for layers in weights.blocks()]
@@ -143,6 +143,8 @@ class Recorder:
 
 class OrbaxWeights:
     """`Weights` restored from a folder that `convert` wrote."""
+
+    cache_axis: str | None = None
 
     def __init__(self, folder: Path, *, dtype: str, kernels: str = "auto"):
         self.config = ModelConfig.from_folder(folder)

@@ -64,6 +64,8 @@ def refusal(block, hidden_BTD, kv, kernels: str) -> str | None:
     chip = default_chip()
     if chip not in decode_step.MULTIPROCESSORS:
         return f"it is written for {', '.join(decode_step.MULTIPROCESSORS)}"
+    if block.attention.cache_axis is not None:
+        return "its cache is split along its length"
     weights = layer_weights(block)
     if isinstance(weights, str):
         return weights

@@ -13,7 +13,7 @@ from jax import lax
 from pallas_kernels import decode_step
 from pallas_kernels.block_sums import compiler_options
 from pallas_kernels.chip import default_chip
-from qwen_jax import fused_decode
+from qwen_jax import fused_decode, split_cache
 from qwen_jax.errors import NonFiniteLogitsError
 from qwen_jax.kv_cache import CacheState
 from qwen_jax.model import Decoder, Step
@@ -229,7 +229,7 @@ class _Tables(NamedTuple):
         in_one = fused_decode.wanted(model, cache.lengths_B.shape[0])
         if not biased and not in_one:
             return cls(None, None)
-        positions_S = jnp.arange(cache.kv.keys.shape[3])
+        positions_S = split_cache.positions(model.cache_axis, cache.kv.keys.shape[3])
         frequency_BK = inverse_frequency(model.config, cache.ntk_alpha_B)
         angle_BSK = positions_S.astype(jnp.float32)[None, :, None] * frequency_BK[:, None, :]
         factor = attention_factor(model.config)

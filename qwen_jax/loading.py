@@ -26,6 +26,8 @@ FUSED = {"attention": ("query", "key", "value"), "mlp": ("gate", "up")}
 class CheckpointWeights:
     """`model.Weights` read from a Hugging Face folder."""
 
+    cache_axis: str | None = None
+
     def __init__(self, checkpoint: Checkpoint, *, dtype: str, kernels: str = "auto", prepack: bool = True):
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.dtype, self.kernels, self.prepack = dtype, kernels, prepack

@@ -12,17 +12,19 @@ from flax import nnx
 from jax import lax
 
 from pallas_kernels.decode_step import Tables
-from pallas_kernels.kv_attention import KVArrays, append, attend_decode, attend_prefill, attend_segments
+from pallas_kernels.kv_attention import KVArrays, attend_prefill, attend_segments
 from qwen_jax import fused_decode
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm, at_layer
 from qwen_jax.rotary import Rotary, rotate
+from qwen_jax.split_cache import append, attend_decode
 
 
 class Weights(Protocol):
     """Where parameters come from: a checkpoint, random numbers, or shapes alone."""
 
     config: ModelConfig
+    cache_axis: str | None  # the mesh axis a cache's length is split over
 
     def blocks(self) -> list[range]:
         """Runs of consecutive layers whose parameters are alike."""
@@ -89,7 +91,7 @@ class Attention(nnx.Module):
         self.key_norm = weights.norm("attention.key_norm", layers) if config.qk_norm else None
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.sliding_window = config.sliding_window if config.sliding_layers[layers.start] else None
-        self.kernels = kernels
+        self.kernels, self.cache_axis = kernels, weights.cache_axis
 
     def __call__(self, hidden_BTD, step: Step, kv: KVArrays | None, layer, cache_layer):
         """Attends, writes the new tokens to `kv` (None: no cache), returns (hidden_BTD, kv)."""
@@ -114,7 +116,8 @@ class Attention(nnx.Module):
         scale = self.head_dim**-0.5
         if kv is not None:
             stored_BTGK = rotate(key_BTGK, step.rotary) if kv.quantized and bias_GK is not None else biased_BTGK
-            kv = append(kv, cache_layer, stored_BTGK, value_BTGK, step.start_B, heads=self.heads, kernels=self.kernels)
+            where = dict(axis=self.cache_axis, heads=self.heads, kernels=self.kernels)
+            kv = append(kv, cache_layer, stored_BTGK, value_BTGK, step.start_B, **where)
         if step.decode:
             assert kv is not None
             attended_BTHK = attend_decode(
@@ -122,6 +125,7 @@ class Attention(nnx.Module):
                 kv,
                 cache_layer,
                 step.lengths_B,
+                axis=self.cache_axis,
                 scale=scale,
                 key_bias_GK=stacked_bias if kv.quantized else None,
                 key_bias_layer=layer if kv.quantized and stacked_bias is not None else None,
@@ -200,7 +204,7 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([DecoderLayer(config, weights, layers, kernels) for layers in weights.blocks()])
         self.final_norm = weights.norm("final_norm", None)
         self.lm_head = weights.head()
-        self.config, self.dtype, self.unroll = config, dtype, unroll
+        self.config, self.dtype, self.unroll, self.cache_axis = config, dtype, unroll, weights.cache_axis
         self.one_launch = one_launch  # where a kernel can: see `fused_decode`
 
     def hidden(self, ids_BT, step: Step, kv: KVArrays | None):

@@ -19,13 +19,23 @@ class RowParallelLinear(Linear):
     """y = Σ over devices of x · W + b: each device multiplies its rows, then one all-reduce.
 
     Attributes:
-        axis: the mesh axis the rows are split over.
+        axis: the mesh axis, or axes, the rows are split over.
         inputs: int32 [*stack, in] or None: act-order. Rows sorted by group need inputs of other devices, so that x (the
             attention's output, small) is gathered and row r multiplies entry inputs[r] of it.
         direct: whether a kernel may write to the other devices' memory, see `sharding.Placement`.
     """
 
-    def __init__(self, weight, bias=None, *, axis: str, direct=False, inputs=None, axes=(None, None), kernels="auto"):
+    def __init__(
+        self,
+        weight,
+        bias=None,
+        *,
+        axis: tuple[str, ...] | str,
+        direct=False,
+        inputs=None,
+        axes=(None, None),
+        kernels="auto",
+    ):
         super().__init__(weight, bias, axes=axes, kernels=kernels)
         self.axis, self.direct = axis, direct
         self.inputs = nnx.data(inputs)
@@ -50,12 +60,22 @@ class VocabularyLinear(Linear):
     """The token table and the head, each device holding some token ids.
 
     Attributes:
-        axis: the mesh axis the vocabulary is split over.
+        axis: the mesh axis, or axes, the vocabulary is split over.
         vocab_size: V; the columns of the devices may go beyond it.
         devices: on `axis`.
     """
 
-    def __init__(self, weight, bias=None, *, axis: str, vocab_size: int, devices: int, axes, kernels="auto"):
+    def __init__(
+        self,
+        weight,
+        bias=None,
+        *,
+        axis: tuple[str, ...] | str,
+        vocab_size: int,
+        devices: int,
+        axes,
+        kernels="auto",
+    ):
         super().__init__(weight, bias, axes=axes, kernels=kernels)
         self.axis, self.vocab_size, self.devices = axis, vocab_size, devices
 

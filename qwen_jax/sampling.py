@@ -102,12 +102,12 @@ class Vocabulary:
     """How the last dimension of logits lies: whole, or under `shard_map` with some token ids on each device.
 
     Attributes:
-        axis: the mesh axis it is split over; None where it is whole.
+        axis: the mesh axis, or axes, it is split over; None where it is whole.
         size: V, where it is split.
         width: ids on one device; those beyond V have the lowest finite logit.
     """
 
-    axis: str | None = None
+    axis: tuple[str, ...] | str | None = None
     size: int = 0
     width: int = 0
 

@@ -25,10 +25,9 @@ from qwen_jax.kv_cache import CacheState
 from qwen_jax.model import Decoder
 from qwen_jax.parallel_linear import VocabularyLinear
 from qwen_jax.sampling import Sampler, Vocabulary
-from qwen_jax.sharding import DATA, KV_AXES, MODEL, Placement, parameter_axes, spec
+from qwen_jax.sharding import DATA, KV_AXES, Placement, parameter_axes, spec
 
 ROWS = spec(("batch",))
-LOGITS = spec(("batch", "vocabulary"))
 SAMPLER = Sampler(ROWS, P(), P(), P(), P(), P())
 
 
@@ -41,14 +40,16 @@ class ShardedPrograms(Programs):
         assert isinstance(table, VocabularyLinear)
         self.config = model.config
         self.vocabulary_width = table.weight.out_features
-        width = self.vocabulary_width // self.placement.model
-        self._vocabulary = Vocabulary(MODEL, self.config.vocab_size, width)
+        width = self.vocabulary_width // self.placement.parts
+        self._vocabulary = Vocabulary(self.placement.axis("vocabulary"), self.config.vocab_size, width)
         self._leaves, self._structure = jax.tree.flatten(model)
+        spec = self.placement.spec
         self._specs = [spec(names) for names in parameter_axes(model)]
+        self._logits = spec(("batch", "vocabulary"))
         # Keys, values, scales and minimums start with the same dimensions.
         kv = KVArrays(*[spec(KV_AXES)] * 2, *[spec(KV_AXES[:-1])] * 4)
         self._cache_specs = CacheState(kv, ROWS, ROWS)
-        self._loop_specs = Loop(self._cache_specs, ROWS, ROWS, ROWS, LOGITS, ROWS)
+        self._loop_specs = Loop(self._cache_specs, ROWS, ROWS, ROWS, self._logits, ROWS)
         self._empties: dict[tuple, Callable[[], CacheState]] = {}
         jit = functools.partial(jax.jit, compiler_options=compiler_options(default_chip()))
         choices = ("filters", "logprobs")
@@ -64,7 +65,7 @@ class ShardedPrograms(Programs):
     def empty_cache(self, slots: int, length: int, dtype: str, quantized: bool) -> CacheState:
         """As `Programs.empty_cache`, with slots for padded rows and copies of heads; made in place on each device."""
         slots += -slots % self.placement.data
-        key = (slots, length, dtype, quantized)
+        key = (slots, self._room(length), dtype, quantized)
         if key not in self._empties:
             whole = {name: getattr(self.config, name) * self.placement.model for name in ("num_heads", "num_kv_heads")}
             make = functools.partial(CacheState.empty, dataclasses.replace(self.config, **whole), *key)
@@ -108,6 +109,13 @@ class ShardedPrograms(Programs):
             kept: dict[str, Any] = {name: None if part is None else part[:rows] for name, part in parts.items()}
             yield Chunk(**kept)
 
+    def _room(self, length: int) -> int:
+        """A length of the cache of which every device of "sequence" holds as much, in whole tiles of the kernels."""
+        if self.placement.sequence == 1:
+            return length
+        share = -(-length // self.placement.sequence)
+        return self.placement.sequence * (share + -share % (128 if share > 64 else 8))
+
     # -- hooks of `Programs.stream` ------------------------------------------------------------------------------------
 
     def _read(self, ids_BT, lengths_B, cache: CacheState):
@@ -140,7 +148,7 @@ class ShardedPrograms(Programs):
 
     def _run_score(self, leaves, ids_BT, lengths_B):
         score = functools.partial(generation._score, self._structure)
-        logits = spec(("batch", "length", "vocabulary"))
+        logits = self.placement.spec(("batch", "length", "vocabulary"))
         return self._shard(score, (self._specs, ROWS, ROWS), logits)(leaves, ids_BT, lengths_B)
 
     def _run_prefill(self, leaves, ids_BT, lengths_B, *, cache):
@@ -148,14 +156,14 @@ class ShardedPrograms(Programs):
             return generation._prefill(self._structure, leaves, ids_BT, lengths_B, cache=cache)
 
         in_specs = (self._specs, ROWS, ROWS, self._cache_specs)
-        return self._shard(local, in_specs, (LOGITS, self._cache_specs))(leaves, ids_BT, lengths_B, cache)
+        return self._shard(local, in_specs, (self._logits, self._cache_specs))(leaves, ids_BT, lengths_B, cache)
 
     def _run_decode(self, leaves, token_B, *, cache, active_length):
         def local(leaves, token_B, cache):
             return generation._decode(self._structure, leaves, token_B, cache=cache, active_length=active_length)
 
         in_specs = (self._specs, ROWS, self._cache_specs)
-        return self._shard(local, in_specs, (LOGITS, self._cache_specs))(leaves, token_B, cache)
+        return self._shard(local, in_specs, (self._logits, self._cache_specs))(leaves, token_B, cache)
 
     def _run_first(self, logits_BV, seen_BV, sampler, rules, *, cache, filters, logprobs):
         def local(logits_BV, seen_BV, sampler, rules, cache):
@@ -171,7 +179,7 @@ class ShardedPrograms(Programs):
             )
             return loop, _all_rows(out)
 
-        in_specs = (LOGITS, LOGITS, SAMPLER, P(), self._cache_specs)
+        in_specs = (self._logits, self._logits, SAMPLER, P(), self._cache_specs)
         shard = self._shard(local, in_specs, (self._loop_specs, P()))
         return shard(logits_BV, seen_BV, sampler, rules, cache)
 
@@ -198,10 +206,10 @@ class ShardedPrograms(Programs):
         """Split logits to the user's: every row and token on every device, so that each process can read them."""
 
         def local(logits):
-            return _all_rows(lax.all_gather(logits, MODEL, axis=logits.ndim - 1, tiled=True))
+            return _all_rows(lax.all_gather(logits, self._vocabulary.axis, axis=logits.ndim - 1, tiled=True))
 
         middle = ("length",) * (logits.ndim - 2)
-        whole = self._shard(local, spec(("batch", *middle, "vocabulary")), P())(logits)
+        whole = self._shard(local, self.placement.spec(("batch", *middle, "vocabulary")), P())(logits)
         return whole[:rows, ..., : self.config.vocab_size]
 
 

@@ -24,12 +24,11 @@ from qwen_jax.linear import FusedLinear, Linear, RMSNorm
 from qwen_jax.loading import CheckpointWeights, kept_dtype
 from qwen_jax.parallel_linear import RowParallelLinear, VocabularyLinear
 from qwen_jax.sharding import (
-    MODEL,
+    SEQUENCE,
     Placement,
     head_columns,
     head_layout,
     local_config,
-    spec,
     split_rows,
     split_vocabulary,
     tensor_axes,
@@ -47,7 +46,8 @@ class ShardedWeights(CheckpointWeights):
         config: of one device's share: its numbers of heads.
         whole_config: of the model.
         placement: the mesh.
-        layout: which heads lie where.
+        layout: which heads lie where along "model".
+        cache_axis: the mesh axis a cache's length is split over, or None.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: Mesh, *, dtype: str, kernels: str = "auto", int8_head=False):
@@ -55,6 +55,7 @@ class ShardedWeights(CheckpointWeights):
         self.placement, self.int8_head = Placement(mesh), int8_head
         config = self.whole_config = checkpoint.config
         self.layout = head_layout(config.num_heads, config.num_kv_heads, self.placement.model)
+        self.cache_axis = SEQUENCE if self.placement.sequence > 1 else None
         self.config = local_config(config, self.layout)
 
     def fused(self, path, outputs, layers, axes, separate_bias=None):
@@ -113,7 +114,7 @@ class ShardedWeights(CheckpointWeights):
         return RowParallelLinear(
             tensors.value,
             bias,
-            axis=MODEL,
+            axis=self.placement.axis(axes[0]),
             direct=self.placement.direct,
             inputs=gathered,
             axes=axes,
@@ -150,7 +151,7 @@ class ShardedWeights(CheckpointWeights):
         """
         _, layer, module = path.split(".", 2)
         if module == "attention.output":  # act-order gathers inputs inside the projection: here they lie as heads do
-            return head_columns(self.layout.query_table, self.whole_config.head_dim), None
+            return self._head_columns(self.layout.query_table), None
         if module == "mlp.down":
             return self._columns("mlp", int(layer))["gate"], None
         fused, name = module.split(".")
@@ -167,8 +168,7 @@ class ShardedWeights(CheckpointWeights):
             permutation = self._permutation(f"layers.{layer}.mlp.down")
             columns_NF = rows_NI if permutation is None else np.where(rows_NI < 0, -1, permutation[rows_NI])
             return {"gate": columns_NF, "up": columns_NF}
-        query = head_columns(self.layout.query_table, config.head_dim)
-        key = head_columns(self.layout.kv_table, config.head_dim)
+        query, key = (self._head_columns(table) for table in (self.layout.query_table, self.layout.kv_table))
         key_start = value_start = 0
         if len(self._stored(path)) == 1:  # side by side in one module
             key_start = config.num_heads * config.head_dim
@@ -179,7 +179,13 @@ class ShardedWeights(CheckpointWeights):
     def _rows(self, path: str, layer: int) -> tuple[np.ndarray, int | None]:
         """Stored rows [devices, length] of a row-parallel module, −1 an empty one, and the group size they need."""
         item = self.checkpoint.spec(f"layers.{layer}.{path}")
-        return _row_table(self.layout, path, item.in_features, item.group_size, item.has_permutation)
+        rows_NI, group_size = _row_table(
+            self.layout, self.placement.parts, path, item.in_features, item.group_size, item.has_permutation
+        )
+        return (rows_NI if path == "mlp.down" else self.placement.each(rows_NI)), group_size
+
+    def _head_columns(self, table) -> np.ndarray:
+        return self.placement.each(head_columns(table, self.whole_config.head_dim))
 
     def _permutation(self, path: str) -> np.ndarray | None:
         return self.checkpoint.read(path).weight.permutation if self.checkpoint.spec(path).has_permutation else None
@@ -201,7 +207,7 @@ class ShardedWeights(CheckpointWeights):
         wanted = rows_NI if columns_NO is None else columns_NO
         assert wanted is not None
         item = self.checkpoint.spec(path)
-        if len(self.placement.numbers) == self.placement.model or (rows_NI is not None and item.has_permutation):
+        if len(self.placement.numbers) == self.placement.parts or (rows_NI is not None and item.has_permutation):
             return self.checkpoint.read(path), wanted
         unit, size = 1, item.out_features
         if rows_NI is not None:
@@ -221,7 +227,7 @@ class ShardedWeights(CheckpointWeights):
         return module, cut
 
     def _vocabulary(self, path: str, head: bool = False) -> VocabularyLinear:
-        ids_NV = split_vocabulary(self.config.vocab_size, self.placement.model)
+        ids_NV = split_vocabulary(self.config.vocab_size, self.placement.parts)
         module, cut_NV = self._read(path, columns_NO=ids_NV)
         weight, bias = module.weight, module.bias
         cuts: dict[int, Any] = {}
@@ -237,7 +243,7 @@ class ShardedWeights(CheckpointWeights):
 
     def table(self, weight: DenseTensor) -> VocabularyLinear:
         """A whole token table [D, V] that does not come from the checkpoint, each device holding its ids."""
-        ids_NV = split_vocabulary(self.config.vocab_size, self.placement.model)
+        ids_NV = split_vocabulary(self.config.vocab_size, self.placement.parts)
         cuts = {number: self._kept(take_columns(weight, ids_NV[number])) for number in self.placement.numbers}
         return self._vocabulary_linear(cuts, None)
 
@@ -247,9 +253,9 @@ class ShardedWeights(CheckpointWeights):
         return VocabularyLinear(
             tensor,
             bias,
-            axis=MODEL,
+            axis=self.placement.axis("vocabulary"),
             vocab_size=self.config.vocab_size,
-            devices=self.placement.model,
+            devices=self.placement.parts,
             axes=axes,
             kernels=self.kernels,
         )
@@ -271,11 +277,11 @@ class ShardedWeights(CheckpointWeights):
 
 
 @functools.cache
-def _row_table(layout, path: str, in_features: int, group_size: int | None, permuted: bool):
+def _row_table(layout, parts: int, path: str, in_features: int, group_size: int | None, permuted: bool):
     if path == "attention.output" and not permuted:
         rows_NI = head_columns(layout.query_table, in_features // _heads(layout))
     else:
-        rows_NI = split_rows(in_features, group_size, layout.devices)
+        rows_NI = split_rows(in_features, group_size, parts if path == "mlp.down" else layout.devices)
     return rows_NI, None if group_size is None else common_group_size(rows_NI, group_size)
 
 
@@ -294,7 +300,7 @@ class ShardedStack:
         self.value: Any = None
 
     def put(self, index: int, cuts: dict[int, QuantizedTensor | DenseTensor]) -> None:
-        """Writes one matrix, given as its piece for each place on the "model" axis."""
+        """Writes one matrix, given as its piece for each share of `placement`."""
         piece = place(self.placement, cuts, self.axes, self.kernels)
         if self.value is None:
             stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.count, *leaf.shape), leaf.dtype), piece)
@@ -302,7 +308,7 @@ class ShardedStack:
             self.value = jax.tree.map(
                 lambda leaf, sharding: _zeros(leaf.shape, leaf.dtype, sharding)(), stacked, shardings
             )
-        whole, part = (_specs(tensor_axes(tensor, self.axes)) for tensor in (self.value, piece))
+        whole, part = (_specs(self.placement, tensor_axes(tensor, self.axes)) for tensor in (self.value, piece))
         self.value = _write(self.value, piece, np.int32(index), self.placement.mesh, whole, part)
 
 
@@ -315,12 +321,13 @@ def place(placement: Placement, cuts: dict[int, QuantizedTensor | DenseTensor], 
     raw = placement.put_tree(cuts, names)
     if packed.layout == first.layout:
         return raw
-    return _prepack(raw, module, kernels, placement.mesh, _specs(names), _specs(tensor_axes(packed, axes)))
+    before, after = (_specs(placement, each) for each in (names, tensor_axes(packed, axes)))
+    return _prepack(raw, module, kernels, placement.mesh, before, after)
 
 
-def _specs(names):
+def _specs(placement: Placement, names):
     """A tree of PartitionSpecs, hashable, from one of names."""
-    return jax.tree.map(spec, names, is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree.map(placement.spec, names, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def _shardings(placement: Placement, names):

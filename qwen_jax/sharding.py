@@ -1,13 +1,15 @@
 """One program over a mesh: which dimension lies on which mesh axis, who holds which heads, rows and columns.
 
-A mesh has the axes "data" (rows of a batch) and "model" (heads, the MLP's inner dimension, the vocabulary). The whole
-forward runs under one `jax.shard_map`: each device sees a model of its own share, uniform in shape, and the few
-reductions between devices are written out (`parallel_linear.py`). Arrays carry names of their dimensions; `AXES` is
-the one table that says where a name lies.
+A mesh has the axes "data" (rows of a batch) and "model" (heads, the MLP's inner dimension, the vocabulary), and for
+long caches "sequence": it splits the cache along its length, and the MLP and the vocabulary further; attention's
+projections have a copy on each of its devices. The whole forward runs under one `jax.shard_map`: each device sees a
+model of its own share, uniform in shape, and the few reductions between devices are written out (`parallel_linear.py`,
+`split_cache.py`). Arrays carry names of their dimensions; `AXES` is the one table that says where a name lies.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -21,15 +23,16 @@ from qwen_jax.adapted_linear import AdaptedLinear
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import Linear, RMSNorm
 
-DATA, MODEL = "data", "model"
+DATA, MODEL, SEQUENCE = "data", "model", "sequence"
 
-# Logical dimension → mesh axis; None: every device holds all of it.
-AXES: dict[str, str | None] = {
+# Logical dimension → mesh axes, as far as a mesh has them; None: every device holds all of it.
+AXES: dict[str, tuple[str, ...] | str | None] = {
     "batch": DATA,  # rows of ids, slots of the cache
     "heads": MODEL,  # heads × head_dim, side by side
     "kv_heads": MODEL,
-    "mlp": MODEL,
-    "vocabulary": MODEL,
+    "cache_length": SEQUENCE,
+    "mlp": (MODEL, SEQUENCE),
+    "vocabulary": (MODEL, SEQUENCE),
     "hidden": None,
     "features": None,  # of a normalisation
     "layers": None,
@@ -38,19 +41,31 @@ AXES: dict[str, str | None] = {
     "private": None,  # the further dimensions of a kernel's own layout, the rank of an adapter
 }
 
-KV_AXES = ("layers", "batch", "kv_heads", "length", "head_dim")
+KV_AXES = ("layers", "batch", "kv_heads", "cache_length", "head_dim")
 
 
-def spec(names: Sequence[str]) -> P:
-    """The PartitionSpec of an array whose dimensions have these logical names.
+def axis_of(name: str, mesh_axes: Sequence[str] = (DATA, MODEL)) -> tuple[str, ...] | str | None:
+    """Where a logical dimension lies on a mesh with these axes: one axis, several, or None.
+
+    Raises:
+        ValueError: for a name that is not in `AXES`.
+    """
+    if name not in AXES:
+        raise ValueError(f"axes: {name!r} is unknown, expected names of {sorted(AXES)}.")
+    placed = AXES[name]
+    placed = (placed,) if isinstance(placed, str) else placed or ()
+    kept = tuple(axis for axis in placed if axis in mesh_axes)
+    return kept if len(kept) > 1 else kept[0] if kept else None
+
+
+def spec(names: Sequence[str], mesh_axes: Sequence[str] = (DATA, MODEL)) -> P:
+    """The PartitionSpec of an array whose dimensions have these logical names, on a mesh with these axes.
 
     Raises:
         ValueError: for a name that is not in `AXES`, and for two dimensions on one mesh axis.
     """
-    if unknown := [name for name in names if name not in AXES]:
-        raise ValueError(f"axes {tuple(names)}: {unknown[0]!r} is unknown, expected names of {sorted(AXES)}.")
-    placed = [AXES[name] for name in names]
-    used = [axis for axis in placed if axis is not None]
+    placed = [axis_of(name, mesh_axes) for name in names]
+    used = [axis for axes in placed for axis in ((axes,) if isinstance(axes, str) else axes or ())]
     if len(set(used)) < len(used):
         raise ValueError(f"axes {tuple(names)}: lie on mesh axes {placed}, expected each of those at most once.")
     while placed and placed[-1] is None:
@@ -62,37 +77,49 @@ def check_mesh(mesh: Mesh) -> None:
     """Refuses a mesh that a model cannot be laid on.
 
     Raises:
-        ValueError: for axes other than "data" and "model" (in either order), and for manual axes.
+        ValueError: for axes other than "data" and "model" and, if wanted, "sequence" (in any order), and for manual
+            axes.
     """
     if not isinstance(mesh, Mesh):
         raise ValueError(f"mesh: {type(mesh).__name__}, expected a jax.sharding.Mesh, as jax.make_mesh makes it.")
-    if set(mesh.axis_names) != {DATA, MODEL}:
+    if set(mesh.axis_names) - {SEQUENCE} != {DATA, MODEL}:
         raise ValueError(
-            f"mesh: axes {tuple(mesh.axis_names)}, expected {DATA!r} and {MODEL!r} in either order. Make it with "
-            f'jax.make_mesh((1, {mesh.size}), ("{DATA}", "{MODEL}")).'
+            f"mesh: axes {tuple(mesh.axis_names)}, expected {DATA!r} and {MODEL!r} in either order, and {SEQUENCE!r} "
+            f'or not. Make it with jax.make_mesh((1, {mesh.size}), ("{DATA}", "{MODEL}")).'
         )
     if AxisType.Manual in mesh.axis_types:
         raise ValueError("mesh: axes of type Manual, expected Explicit or Auto. Call from outside shard_map.")
 
 
 def parse_mesh(text: str) -> Mesh:
-    """A mesh from its sizes along "data" and "model", as "1x8", of the first so many devices of all processes.
+    """A mesh from its sizes along "data", "model" and, if there are three, "sequence", as "1x8" or "1x4x2".
+
+    It has the first so many devices of all processes.
 
     Raises:
         ValueError: for other text, or where there are fewer devices.
     """
     sizes = text.lower().split("x")
-    if len(sizes) != 2 or not all(size.isdigit() and int(size) for size in sizes):
-        raise ValueError(f"mesh={text!r}: expected two sizes, devices for rows x devices for each layer, as 1x8.")
-    data, model = map(int, sizes)
-    devices = jax.devices()
-    if data * model > len(devices):
-        raise ValueError(f"mesh={text!r}: {data * model} devices, but JAX sees {len(devices)} ({devices[0].platform}).")
-    if jax.process_count() > 1 and data * model < len(devices):
+    if len(sizes) not in (2, 3) or not all(size.isdigit() and int(size) for size in sizes):
         raise ValueError(
-            f"mesh={text!r}: {data * model} devices, expected all {len(devices)} of {jax.process_count()} processes."
+            f"mesh={text!r}: expected two sizes, devices for rows x devices for each layer, as 1x8, or a third for the "
+            "length of the cache, as 1x4x2."
         )
-    return jax.make_mesh((data, model), (DATA, MODEL), devices=devices[: data * model])
+    shape = tuple(map(int, sizes))
+    count, devices = math.prod(shape), jax.devices()
+    if count > len(devices):
+        raise ValueError(f"mesh={text!r}: {count} devices, but JAX sees {len(devices)} ({devices[0].platform}).")
+    if jax.process_count() > 1 and count < len(devices):
+        raise ValueError(
+            f"mesh={text!r}: {count} devices, expected all {len(devices)} of {jax.process_count()} processes."
+        )
+    return jax.make_mesh(shape, (DATA, MODEL, SEQUENCE)[: len(shape)], devices=devices[:count])
+
+
+def mesh_name(mesh) -> str:
+    """The text that `parse_mesh` takes for a mesh (None: one device), "sequence" left out where it is 1."""
+    sizes = [1, 1, 1] if mesh is None else [mesh.shape.get(axis, 1) for axis in (DATA, MODEL, SEQUENCE)]
+    return "x".join(map(str, sizes if sizes[2] > 1 else sizes[:2]))
 
 
 # -- names of the dimensions of parameters ----------------------------------------------------------------------------
@@ -253,45 +280,70 @@ def local_config(config: ModelConfig, layout: HeadLayout) -> ModelConfig:
     return dataclasses.replace(config, num_heads=layout.heads, num_kv_heads=layout.kv_heads)
 
 
+def pieces_along(name: str, mesh) -> int:
+    """Into how many pieces a mesh cuts a logical dimension."""
+    placed = axis_of(name, mesh.axis_names)
+    return math.prod(mesh.shape[axis] for axis in ((placed,) if isinstance(placed, str) else placed or ()))
+
+
 # -- placing -----------------------------------------------------------------------------------------------------------
 
 
 class Placement:
     """Puts NumPy arrays on a mesh, each device's piece straight to it.
 
+    A device's number says which share it holds: its place on "model", and on "sequence" within that.
+
     Attributes:
-        mesh: axes "data" and "model".
+        mesh: axes "data" and "model", and "sequence" or not.
         data: devices along "data".
         model: devices along "model".
         direct: whether a kernel may write to its peers' memory: this process owns all devices, numbered in their order.
+        sequence: devices along "sequence", 1 where the mesh has no such axis.
+        parts: model · sequence, the shares that there are.
+        numbers: of the shares that devices of this process hold.
     """
 
     def __init__(self, mesh: Mesh):
         check_mesh(mesh)
         self.mesh = mesh
-        self.data, self.model = mesh.shape[DATA], mesh.shape[MODEL]
-        along = mesh.axis_names.index(MODEL)
-        here = [(place[along], device) for place, device in np.ndenumerate(mesh.devices)]
+        self.data, self.model, self.sequence = (mesh.shape.get(axis, 1) for axis in (DATA, MODEL, SEQUENCE))
+        self.parts = self.model * self.sequence
         process = jax.process_index()
-        self._devices = [(number, device) for number, device in here if device.process_index == process]
+        self._devices = []
+        for place, device in np.ndenumerate(mesh.devices):
+            where = dict(zip(mesh.axis_names, place, strict=True))
+            if device.process_index == process:
+                self._devices.append((where[MODEL] * self.sequence + where.get(SEQUENCE, 0), device))
         if not self._devices:
             raise ValueError(f"mesh: no device of process {process}, expected some of every process's.")
         self.numbers = sorted({number for number, _ in self._devices})
         ids = [device.id for device in mesh.devices.flat]
         self.direct = len(self._devices) == len(ids) and ids == list(range(len(ids)))
 
+    def axis(self, name: str) -> tuple[str, ...] | str | None:
+        """The mesh axes a logical dimension lies on."""
+        return axis_of(name, self.mesh.axis_names)
+
+    def spec(self, names: Sequence[str]) -> P:
+        """The PartitionSpec of an array with these dimensions."""
+        return spec(names, self.mesh.axis_names)
+
     def sharding(self, names: Sequence[str]) -> NamedSharding:
         """Where an array with these dimensions lies."""
-        return NamedSharding(self.mesh, spec(names))
+        return NamedSharding(self.mesh, self.spec(names))
+
+    def each(self, table_NX: np.ndarray) -> np.ndarray:
+        """A table with a row for each place on "model" as one with a row for each share."""
+        return np.repeat(table_NX, self.sequence, axis=0)
 
     def put(self, piece: Callable[[int], np.ndarray], names: Sequence[str]) -> jax.Array:
-        """A global array from the piece of each place on the "model" axis; no dimension may lie on "data"."""
+        """A global array from the piece of each share; no dimension may lie on "data"."""
         pieces = {number: np.asarray(piece(number)) for number in self.numbers}
         shape = list(pieces[self.numbers[0]].shape)
         assert len(shape) == len(names), (shape, names)
         for place, name in enumerate(names):
-            if AXES[name] == MODEL:
-                shape[place] *= self.model
+            shape[place] *= pieces_along(name, self.mesh)
         arrays = [jax.device_put(pieces[number], device) for number, device in self._devices]
         return jax.make_array_from_single_device_arrays(tuple(shape), self.sharding(names), arrays)
 

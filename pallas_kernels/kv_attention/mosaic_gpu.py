@@ -14,6 +14,8 @@ def unsupported(shape, chip: str) -> str | None:
         return f"it is written for Hopper GPUs ({', '.join(CHIPS)}), not for {chip}."
     if shape.dtype not in ("bfloat16", "float16"):
         return f"its queries are bfloat16 or float16, not {shape.dtype}."
+    if shape.share:
+        return "it has no form that hands out its softmax's denominator, which shares of a cache are merged with."
     if shape.heads % shape.kv_heads or share > 8:
         return f"it takes 1 to 8 query heads a key/value head, not {shape.heads} for {shape.kv_heads}."
     if shape.head_dim % 32 or shape.head_dim > 128:

@@ -38,6 +38,8 @@ def unsupported(shape, chip: str) -> str | None:
         return f"it computes with bfloat16 queries, not {shape.dtype}"
     if shape.head_dim % 16 or shape.head_dim > 256:
         return f"head_dim must be a multiple of 16 up to 256, got {shape.head_dim}"
+    if shape.window:
+        return "a share's sliding window differs from slot to slot, and its windows are of one size"
     return None
 
 
@@ -48,8 +50,9 @@ def form(shape, chip: str) -> str:
     return f"blocks of {block_length(shape.kv_heads, shape.head_dim, shape.length, itemsize)} tokens, all heads"
 
 
-def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
+def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, share: bool = False) -> KVArrays:
     """Writes T tokens of one layer; see `op.append`."""
+    del share  # a single token that starts below 0 is never written
     module = mosaic_tpu_append if key_BTGK.shape[1] == 1 else mosaic_tpu_prompt
     return module.append(kv, layer, key_BTGK, value_BTGK, start_B)
 
@@ -64,13 +67,23 @@ def block_length(kv_heads: int, head_dim: int, length: int, itemsize: int) -> in
 
 
 def attend_decode(
-    query_BHK, kv: KVArrays, layer, lengths_B, *, scale, key_bias_GK, key_rotary, sliding_window, active_length
+    query_BHK,
+    kv: KVArrays,
+    layer,
+    lengths_B,
+    *,
+    scale,
+    key_bias_GK,
+    key_rotary,
+    sliding_window,
+    active_length,
+    share: bool = False,
 ):
     """One new token a slot over the cache; see `op.attend_decode`."""
     B, H, K = query_BHK.shape
     G, S = kv.keys.shape[2:4]
-    share = H // G
-    rows = 1 if share == 1 else -(-share // 8) * 8
+    queries = H // G
+    rows = 1 if queries == 1 else -(-queries // 8) * 8
     biased = kv.quantized and key_bias_GK is not None
     tokens = block_length(G, K, S, kv.keys.dtype.itemsize)
     tokens = min(tokens, LONGEST_BIASED_BLOCK) if biased else tokens
@@ -80,8 +93,8 @@ def attend_decode(
         blocks = min(blocks, -(-sliding_window // tokens) + 1)
 
     def padded(array_BHK):
-        array = array_BHK.reshape(B, G, share, K)
-        return jnp.pad(array, ((0, 0), (0, 0), (0, rows - share), (0, 0)))
+        array = array_BHK.reshape(B, G, queries, K)
+        return jnp.pad(array, ((0, 0), (0, 0), (0, rows - queries), (0, 0)))
 
     def token_block(slot, block, scalars):
         length = jnp.clip(scalars[1 + slot], 1, S)
@@ -103,7 +116,7 @@ def attend_decode(
         operands += [kv.key_scales, kv.key_minimums, kv.value_scales, kv.value_minimums]
         scratch.append(pltpu.VMEM((4, G, tokens), jnp.float32))
     if biased:
-        coefficients, base, table = _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens, S)
+        coefficients, base, table = _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens, S, share)
         of_slot = (lambda slot: slot) if table.shape[0] > 1 else (lambda slot: 0)
         in_specs += [
             pl.BlockSpec((None, G * rows, K), lambda slot, block, scalars: (slot, 0, 0)),
@@ -117,46 +130,61 @@ def attend_decode(
         scratch.append(pltpu.VMEM((G * rows, tokens), jnp.float32))
     scalars = jnp.concatenate([jnp.asarray(layer, jnp.int32)[None], lengths_B.astype(jnp.int32)])
     cache_bytes = B * G * longest * (2 * K * kv.keys.dtype.itemsize + (8 if kv.quantized else 0))
+    out_spec = pl.BlockSpec((None, G, rows, K), lambda slot, block, scalars: (slot, 0, 0, 0))
+    log_spec = pl.BlockSpec((None, G, rows, LANES), lambda slot, block, scalars: (slot, 0, 0, 0))
+    out_shape = jax.ShapeDtypeStruct((B, G, rows, K), jnp.float32 if share else query_BHK.dtype)
+    facts = dict(quantized=kv.quantized, biased=biased, share=share)
     attended = pl.pallas_call(
-        functools.partial(_body, scale=scale, length=S, window=sliding_window, quantized=kv.quantized, biased=biased),
+        functools.partial(_body, scale=scale, length=S, window=sliding_window, **facts),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, blocks),
             in_specs=in_specs,
-            out_specs=pl.BlockSpec((None, G, rows, K), lambda slot, block, scalars: (slot, 0, 0, 0)),
+            out_specs=[out_spec, log_spec] if share else out_spec,
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((B, G, rows, K), query_BHK.dtype),
+        out_shape=[out_shape, jax.ShapeDtypeStruct((B, G, rows, LANES), jnp.float32)] if share else out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 << 20),
         cost_estimate=pl.CostEstimate(
             flops=4 * B * H * longest * K, bytes_accessed=cache_bytes, transcendentals=B * H * longest
         ),
         name="attend_decode" + ("_8bit" if kv.quantized else ""),
     )(scalars, *operands)
-    return attended[:, :, :share].reshape(B, H, K)
+    if not share:
+        return attended[:, :, :queries].reshape(B, H, K)
+    attended, log_total = attended
+    attended_BHK, log_total_BH = attended[:, :, :queries].reshape(B, H, K), log_total[:, :, :queries, 0].reshape(B, H)
+    empty_B1 = (lengths_B <= 0)[:, None]
+    return jnp.where(empty_B1[..., None], 0.0, attended_BHK), jnp.where(empty_B1, MASKED, log_total_BH)
 
 
-def _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens: int, length: int):
+def _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens: int, length: int, share: bool):
     """Coefficients [B, heads, K] of cos and sin; cos, and sin and −sin, of each block's start; the first block's table.
 
     With c = q₁b₁ + q₂b₂ and s = q₂b₁ − q₁b₂ a bias adds c · cos p + s · sin p; for p = start + i that is
-    (c · cos start + s · sin start) · cos i + (s · cos start − c · sin start) · sin i.
+    (c · cos start + s · sin start) · cos i + (s · cos start − c · sin start) · sin i. Of a share of a longer cache the
+    first block starts at no angle of 0, and its table is turned back by that.
     """
     B, H, K = query_BHK.shape
-    share = H // key_bias_GK.shape[0]
+    queries = H // key_bias_GK.shape[0]
     first, second = jnp.split(query_BHK.astype(jnp.float32), 2, axis=-1)
-    bias_first, bias_second = jnp.split(jnp.repeat(key_bias_GK.astype(jnp.float32), share, axis=0)[None], 2, axis=-1)
+    bias_first, bias_second = jnp.split(jnp.repeat(key_bias_GK.astype(jnp.float32), queries, axis=0)[None], 2, axis=-1)
     with_cos = first * bias_first + second * bias_second
     with_sin = second * bias_first - first * bias_second
     coefficients = padded(jnp.concatenate([with_cos, with_sin], -1)).reshape(B, -1, K)
     cos, sin = key_rotary
     # Both tables carry YaRN's factor, which must count once; at position 0 the cosine is the factor itself.
-    factor = cos[:, :1]
+    first_cos, first_sin = cos[:, :1], sin[:, :1]
+    factor = jnp.sqrt(first_cos * first_cos + first_sin * first_sin) if share else first_cos
     block_starts = np.arange(0, length, tokens)
     start_cos, start_sin = (table[:, block_starts] / factor for table in (cos, sin))
     halves = jnp.concatenate([start_cos, start_cos, start_sin, -start_sin], -1)
     base = halves.reshape(*halves.shape[:2], 2, K)
-    rest = jnp.concatenate([cos[:, :tokens], sin[:, :tokens]], -1)
+    cos, sin = cos[:, :tokens], sin[:, :tokens]
+    if share:
+        first_cos, first_sin = first_cos / factor, first_sin / factor
+        cos, sin = cos * first_cos + sin * first_sin, sin * first_cos - cos * first_sin
+    rest = jnp.concatenate([cos, sin], -1)
     rest = jnp.pad(rest, ((0, 0), (0, max(tokens - length, 0)), (0, 0)))
     parts = []
     for _ in range(PARTS):
@@ -166,11 +194,13 @@ def _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens: int, leng
     return coefficients, base, jnp.stack(parts, 1)
 
 
-def _body(scalars, query_ref, keys_ref, values_ref, *refs, scale, length, window, quantized, biased):
+def _body(scalars, query_ref, keys_ref, values_ref, *refs, scale, length, window, quantized, biased, share):
     refs = list(refs)
     scale_refs = [refs.pop(0) for _ in range(4)] if quantized else []
     bias_refs = [refs.pop(0) for _ in range(3)] if biased else []
-    out_ref, highest, total, attended, *rest = refs
+    out_ref = refs.pop(0)
+    log_ref = refs.pop(0) if share else None
+    highest, total, attended, *rest = refs
     slot, block = pl.program_id(0), pl.program_id(1)
     heads, rows, _ = query_ref.shape
     tokens = keys_ref.shape[1]
@@ -242,6 +272,8 @@ def _body(scalars, query_ref, keys_ref, values_ref, *refs, scale, length, window
     @pl.when(block == pl.num_programs(1) - 1)
     def _():
         out_ref[...] = (attended[...] / total[...][:, :, :1]).astype(out_ref.dtype)
+        if log_ref is not None:
+            log_ref[...] = highest[...] + jnp.log(total[...])
 
 
 def _as_bfloat16(units, middle: int = 0):

@@ -20,7 +20,10 @@ TILE_ROWS = {1: 32, 2: 16, 4: 8}  # by bytes of an element
 
 
 def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
-    """Writes one token a slot of one layer; arguments as in `op.append` with T = 1, scales int16 bits of float16."""
+    """Writes one token a slot of one layer; arguments as in `op.append` with T = 1, scales int16 bits of float16.
+
+    A start below 0 writes nothing: the tile it is taken to lie in is stored as it was.
+    """
     _, B, G, S, K = kv.keys.shape
     arrays = [kv.keys, kv.values]
     if kv.quantized:
@@ -29,17 +32,17 @@ def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
     columns = LANES if S % LANES == 0 else S
 
     def data_index(slot, scalars):
-        return scalars[0], slot, 0, lax.div(scalars[1 + slot], jnp.int32(tile)), 0
+        return scalars[0], slot, 0, lax.div(jnp.maximum(scalars[1 + slot], 0), jnp.int32(tile)), 0
 
     def scale_index(slot, scalars):
-        return scalars[0], slot, 0, lax.div(scalars[1 + slot], jnp.int32(columns))
+        return scalars[0], slot, 0, lax.div(jnp.maximum(scalars[1 + slot], 0), jnp.int32(columns))
 
     data = pl.BlockSpec((None, None, G, tile, K), data_index)
     scales = pl.BlockSpec((None, None, G, columns), scale_index)
     specs = [data, data] + [scales] * (len(arrays) - 2)
     new = pl.BlockSpec((None, G, K), lambda slot, scalars: (slot, 0, 0))
     # A start beyond the room would write elsewhere; XLA's update clamps likewise.
-    starts = jnp.clip(start_B.astype(jnp.int32), 0, S - 1)
+    starts = jnp.clip(start_B.astype(jnp.int32), -1, S - 1)
     scalars = jnp.concatenate([jnp.asarray(layer, jnp.int32)[None], starts])
     moved = 2 * B * G * (2 * tile * K * kv.keys.dtype.itemsize + (8 * columns if kv.quantized else 0))
     out = pl.pallas_call(

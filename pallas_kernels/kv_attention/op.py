@@ -29,6 +29,8 @@ class AttentionShape:
     length: int
     quantized: bool
     dtype: str
+    share: bool = False  # one of several shares of a cache that is split along its length
+    window: bool = False  # told of a share only: its window differs from slot to slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +65,15 @@ def choose(shape: AttentionShape, chip: str, kernels: str = "auto") -> Choice:
     raise ValueError(f"kernels={kernels!r} cannot run {shape} on {chip}: {refusals[kernels]}")
 
 
-def _kernel(kv: KVArrays, heads: int, dtype, kernels: str):
+def _kernel(kv: KVArrays, heads: int, dtype, kernels: str, share: bool, window: bool = False):
     _, slots, kv_heads, length, head_dim = kv.keys.shape
-    shape = AttentionShape(slots, heads, kv_heads, head_dim, length, kv.quantized, str(dtype))
+    shape = AttentionShape(slots, heads, kv_heads, head_dim, length, kv.quantized, str(dtype), share, window)
     return KERNELS[choose(shape, default_chip(), kernels).name]
 
 
-def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, *, heads: int, kernels: str = "auto") -> KVArrays:
+def append(
+    kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, *, heads: int, kernels: str = "auto", share: bool = False
+) -> KVArrays:
     """Writes T new tokens of one layer at positions start..start + T − 1 of each slot; under jit in place if donated.
 
     Args:
@@ -80,8 +84,12 @@ def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, *, heads: int, ke
         start_B: int32 [B], the first position written in each slot.
         heads: query heads, for the choice of kernel.
         kernels: as in `choose`.
+        share: the cache is one of several shares of a longer one: a single token whose start is −1 lies in another and
+            is not written.
     """
-    return _kernel(kv, heads, key_BTGK.dtype, kernels).append(kv, layer, key_BTGK, value_BTGK, start_B)
+    kernel = _kernel(kv, heads, key_BTGK.dtype, kernels, share)
+    options = {"share": True} if share else {}
+    return kernel.append(kv, layer, key_BTGK, value_BTGK, start_B, **options)
 
 
 def attend_decode(
@@ -94,9 +102,10 @@ def attend_decode(
     key_bias_GK=None,
     key_bias_layer=None,
     key_rotary=None,
-    sliding_window: int | None = None,
+    sliding_window=None,
     active_length: int | None = None,
     kernels: str = "auto",
+    share: bool = False,
 ):
     """Attention of one new token a slot over its cache: softmax(scale · q·k) · v.
 
@@ -113,14 +122,21 @@ def attend_decode(
         sliding_window: only the newest so many tokens are seen; None for all.
         active_length: no slot holds more tokens than this; the xla form reads only that much of the cache.
         kernels: as in `choose`.
+        share: the cache is one of several shares of a longer one: lengths are those of the share, 0 for a slot of which
+            nothing lies in it; a row of key_rotary is the rotation of the token there, all as far from one another; a
+            sliding window is int32 [B, 1], for a share sees now one token more, now one less.
 
     Returns:
-        [B, H, K] in the dtype of the query.
+        [B, H, K] in the dtype of the query. With `share` (float32 [B, H, K], float32 [B, H]): the attention within the
+        share, and the logarithm of its softmax's denominator, with which shares are merged; where it sees no token the
+        one is finite and the other below −1e29.
     """
-    kernel = _kernel(kv, query_BHK.shape[1], query_BHK.dtype, kernels)
+    window = share and sliding_window is not None
+    kernel = _kernel(kv, query_BHK.shape[1], query_BHK.dtype, kernels, share, window)
     if key_bias_layer is not None and not getattr(kernel, "TAKES_STACKED_BIAS", False):
         key_bias_GK, key_bias_layer = take_layer(key_bias_GK, key_bias_layer), None
     stacked = {} if key_bias_layer is None else {"key_bias_layer": key_bias_layer}
+    stacked |= {"share": True} if share else {}
     return kernel.attend_decode(
         query_BHK,
         kv,

@@ -31,7 +31,7 @@ def quantize(x_BTGK):
     return jnp.clip(units_BTGK, 0, 255).astype(jnp.uint8), scale, minimum
 
 
-def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
+def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, share: bool = False) -> KVArrays:
     """Writes T tokens of one layer; see `op.append`."""
 
     def write(array, new_BTG):
@@ -41,8 +41,11 @@ def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
         new_BGT = new_BGT.astype(array.dtype)
         tail = (0,) * (array.ndim - 4)
         for slot in range(new_BGT.shape[0]):  # one in-place update a slot; a scatter over slots is slower on CPU
-            update = new_BGT[None, slot : slot + 1]
-            array = lax.dynamic_update_slice(array, update, (layer, slot, 0, start_B[slot], *tail))
+            update, place = new_BGT[None, slot : slot + 1], (layer, slot, 0, start_B[slot], *tail)
+            if share:  # what is there is written again
+                old = lax.dynamic_slice(array, place, update.shape)
+                update = jnp.where(start_B[slot] < 0, old, update)
+            array = lax.dynamic_update_slice(array, update, place)
         return array
 
     if not kv.quantized:
@@ -59,7 +62,19 @@ def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
     )
 
 
-def attend_decode(query_BHK, kv, layer, lengths_B, *, scale, key_bias_GK, key_rotary, sliding_window, active_length):
+def attend_decode(
+    query_BHK,
+    kv,
+    layer,
+    lengths_B,
+    *,
+    scale,
+    key_bias_GK,
+    key_rotary,
+    sliding_window,
+    active_length,
+    share: bool = False,
+):
     """One new token a slot over the cache; see `op.attend_decode`."""
     B, H, K = query_BHK.shape
     G = kv.keys.shape[2]
@@ -83,7 +98,8 @@ def attend_decode(query_BHK, kv, layer, lengths_B, *, scale, key_bias_GK, key_ro
     if sliding_window is not None:
         seen_BS &= position_S >= lengths_B[:, None] - sliding_window
     logits_BGQS = jnp.where(seen_BS[:, None, None], logits_BGQS, MASKED)
-    weight_BGQS = jnp.exp(logits_BGQS - logits_BGQS.max(-1, keepdims=True))
+    highest_BGQ1 = logits_BGQS.max(-1, keepdims=True)
+    weight_BGQS = jnp.exp(logits_BGQS - highest_BGQ1)
     total_BGQ1 = weight_BGQS.sum(-1, keepdims=True)
     if kv.quantized:
         offset_BGQ1 = (weight_BGQS * read(kv.value_minimums)[:, :, None]).sum(-1, keepdims=True)
@@ -91,7 +107,10 @@ def attend_decode(query_BHK, kv, layer, lengths_B, *, scale, key_bias_GK, key_ro
         attended_BGQK = jnp.einsum("BGQS,BGSK->BGQK", scaled_BGQS, read(kv.values)) + offset_BGQ1
     else:
         attended_BGQK = jnp.einsum("BGQS,BGSK->BGQK", weight_BGQS, read(kv.values))
-    return (attended_BGQK / total_BGQ1).reshape(B, H, K).astype(query_BHK.dtype)
+    attended_BHK = (attended_BGQK / total_BGQ1).reshape(B, H, K)
+    if share:
+        return attended_BHK, (highest_BGQ1 + jnp.log(total_BGQ1)).reshape(B, H)
+    return attended_BHK.astype(query_BHK.dtype)
 
 
 def _bias_logits(query_BGQK, key_bias_GK, key_rotary, length: int):

@@ -22,7 +22,7 @@ from qwen_jax.model import Decoder
 from qwen_jax.sampling import SamplingConfig, device_sampler
 from qwen_jax.sharded_programs import ShardedPrograms
 from qwen_jax.sharded_weights import ShardedWeights
-from qwen_jax.sharding import DATA, MODEL
+from qwen_jax.sharding import DATA, SEQUENCE, mesh_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def measure(
         seconds.append((time.perf_counter() - start) / steps)
     seconds = seconds[2:]
     step = statistics.median(seconds)
-    size = step_bytes(decoder, kv_bits, batch, context, 1 if mesh is None else mesh.shape[DATA])
+    size = step_bytes(decoder, kv_bits, batch, context, mesh)
     stats = jax.local_devices()[0].memory_stats() or {}
     return DecodeResult(
         name,
@@ -143,17 +143,14 @@ def measure(
     )
 
 
-def mesh_name(mesh: jax.sharding.Mesh | None) -> str:
-    """As `--mesh` takes it."""
-    return "1x1" if mesh is None else f"{mesh.shape[DATA]}x{mesh.shape[MODEL]}"
-
-
-def step_bytes(decoder: Decoder, kv_bits: int, batch: int, context: int, data: int = 1) -> int:
+def step_bytes(decoder: Decoder, kv_bits: int, batch: int, context: int, mesh: jax.sharding.Mesh | None = None) -> int:
     """Bytes a device must read for a decode step: every weight but the embedding's unused rows, and its cache."""
     tables = [] if decoder.lm_head is None else jax.tree.leaves(decoder.embedding)
     weights = sum(map(_bytes_of_a_device, jax.tree.leaves(decoder))) - sum(map(_bytes_of_a_device, tables))
     # On a mesh the decoder's config is that of one device's heads.
-    return weights + -(-batch // data) * context * bytes_per_token(decoder.config, decoder.dtype, kv_bits == 8)
+    data, sequence = (1, 1) if mesh is None else (mesh.shape[DATA], mesh.shape.get(SEQUENCE, 1))
+    tokens = -(-batch // data) * -(-context // sequence)
+    return weights + tokens * bytes_per_token(decoder.config, decoder.dtype, kv_bits == 8)
 
 
 def _bytes_of_a_device(leaf: jax.Array) -> int:

@@ -1,5 +1,6 @@
 """A model on a mesh beside the same model on one device of it: greedy tokens, and how many times as fast."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ def compare(mesh_result: dict[str, Any], one: dict[str, Any], want_BN: np.ndarra
     16 bits may fall otherwise.
     """
     time = "step_ms" if "step_ms" in one else "milliseconds"
-    data, model = map(int, mesh_result["mesh"].split("x"))
+    devices = math.prod(map(int, mesh_result["mesh"].split("x")))
     times = one[time] / mesh_result[time]
     differ = np.argwhere((want_BN != got_BN).T)  # the earliest token first
     same = f"row {differ[0, 1]} differs at token {differ[0, 0]}" if len(differ) else "equal"
-    return {"one_device_ms": one[time], "times": times, "efficiency": times / (data * model), "same_tokens": same}
+    return {"one_device_ms": one[time], "times": times, "efficiency": times / devices, "same_tokens": same}

@@ -7,10 +7,11 @@ import time
 import jax
 import numpy as np
 
-from qwen_jax.bench.decode import mesh_name, programs_of
+from qwen_jax.bench.decode import programs_of
 from qwen_jax.bench.models import MODELS
 from qwen_jax.generation import bucket
 from qwen_jax.model import Decoder
+from qwen_jax.sharding import mesh_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,8 @@ class RandomWeights:
         seed: of everything.
     """
 
+    cache_axis = None
+
     def __init__(self, config: ModelConfig, *, bits=4, group_size=128, dtype="bfloat16", kernels="auto", seed=0):
         self.config, self.bits, self.group_size = config, bits, group_size
         self.dtype, self.kernels = dtype, kernels

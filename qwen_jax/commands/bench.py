@@ -24,7 +24,9 @@ KvBits = Annotated[list[int], typer.Option(help="Of the KV cache: 8 or 16; may b
 Batch = Annotated[list[int], typer.Option(help="Rows; may be given several times.", min=1)]
 Context = Annotated[list[int], typer.Option(help="Tokens in the cache or prompt; may be given several times.", min=1)]
 Layers = Annotated[int | None, typer.Option(help="Only so many layers, for a quick look.", min=1)]
-Mesh = Annotated[str | None, typer.Option(help="Devices for rows x for each layer, as 1x2.", metavar="DxM")]
+Mesh = Annotated[
+    str | None, typer.Option(help="Devices for rows x each layer (x the cache's length), as 1x2.", metavar="DxM[xS]")
+]
 Check = Annotated[bool, typer.Option("--check", help="With --mesh: also time one device, and compare greedy tokens.")]
 OneLaunch = Annotated[bool, typer.Option("--one-launch", help="All layers of a step in one launch (Hopper).")]
 Dtype = Annotated[str, typer.Option(help="Of activations and float weights.")]

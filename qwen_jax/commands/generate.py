@@ -33,7 +33,10 @@ def run(
     max_length: common.MaxLength = None,
     lm_head: common.LmHead = None,
     adapter: common.Adapter = None,
-    mesh: Annotated[str | None, typer.Option(help="Devices for rows x for each layer, as 1x4.", metavar="DxM")] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="Devices for rows x each layer (x the cache's length), as 1x4.", metavar="DxM[xS]"),
+    ] = None,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="Run as one of many processes: Slurm, GKE, Cloud TPU, Open MPI.")
     ] = False,

@@ -24,6 +24,7 @@ from qwen_jax.finetune.programs import Metrics, TrainingPrograms
 from qwen_jax.finetune.rows import Rows
 from qwen_jax.finetune.settings import FinetuneSettings
 from qwen_jax.model import Decoder
+from qwen_jax.sharding import DATA, MODEL, SEQUENCE
 
 logger = logging.getLogger("qwen_jax")
 
@@ -101,6 +102,11 @@ def finetune(
     """
     from qwen_jax.causal_lm import default_dtype  # late: it loads the whole model code
 
+    if mesh is not None and SEQUENCE in mesh.axis_names:
+        raise ValueError(
+            f"mesh: axes {tuple(mesh.axis_names)}, expected {DATA!r} and {MODEL!r}: {SEQUENCE!r} splits a cache, which "
+            "training has not. Give its devices to one of those."
+        )
     settings = FinetuneSettings() if settings is None else settings
     folder, out = checkpoint_store.find(model), Path(out).absolute()
     if dtype == "auto":

@@ -17,11 +17,13 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
 from qwen_jax.parallel_linear import RowParallelLinear, VocabularyLinear
 from qwen_jax.sharding import (
-    AXES,
     MODEL,
+    SEQUENCE,
+    axis_of,
     head_columns,
     head_layout,
     local_config,
+    pieces_along,
     spec,
     split_rows,
     split_vocabulary,
@@ -57,14 +59,15 @@ class AbstractWeights:
     Args:
         config: of the model.
         storage: of its weights.
-        mesh: axes "data" and "model"; its devices need not exist.
+        mesh: axes "data", "model" and, if wanted, "sequence"; its devices need not exist.
         kernels: as in `from_pretrained`; layouts are those of `default_chip()`.
     """
 
     def __init__(self, config: ModelConfig, storage: Storage, mesh: Mesh | AbstractMesh, kernels: str = "auto"):
         self.whole_config, self.storage, self.mesh, self.kernels = config, storage, mesh, kernels
-        self.devices = mesh.shape[MODEL]
-        self.layout = head_layout(config.num_heads, config.num_kv_heads, self.devices)
+        self.parts = mesh.shape[MODEL] * mesh.shape.get(SEQUENCE, 1)
+        self.cache_axis = SEQUENCE if mesh.shape.get(SEQUENCE, 1) > 1 else None
+        self.layout = head_layout(config.num_heads, config.num_kv_heads, mesh.shape[MODEL])
         self.config = local_config(config, self.layout)
 
     def blocks(self) -> list[range]:
@@ -102,7 +105,7 @@ class AbstractWeights:
         if group_size is not None:
             group_size = common_group_size(rows_NI, group_size)
         weight = self._matrix(rows_NI.shape[1], self.config.hidden_size, group_size, axes, len(layers))
-        return RowParallelLinear(weight, None, axis=MODEL, axes=axes, kernels=self.kernels)
+        return RowParallelLinear(weight, None, axis=self._axis(axes[0]), axes=axes, kernels=self.kernels)
 
     def norm(self, path, layers) -> RMSNorm:
         """See `model.Weights`."""
@@ -122,18 +125,18 @@ class AbstractWeights:
 
     def _inner_rows(self) -> np.ndarray:
         size = self.config.intermediate_size
-        return split_rows(size, _group_size(self.storage, size), self.devices)
+        return split_rows(size, _group_size(self.storage, size), self.parts)
 
     def _table(self, bits: int) -> VocabularyLinear:
-        width = split_vocabulary(self.config.vocab_size, self.devices).shape[1]
+        width = split_vocabulary(self.config.vocab_size, self.parts).shape[1]
         axes = ("hidden", "vocabulary")
         storage = dataclasses.replace(self.storage, bits=bits, zeros=False, scales="bfloat16")
         weight = self._matrix(self.config.hidden_size, width, 64, axes, 0, storage)
         return VocabularyLinear(
             weight,
-            axis=MODEL,
+            axis=self._axis("vocabulary"),
             vocab_size=self.config.vocab_size,
-            devices=self.devices,
+            devices=self.parts,
             axes=axes,
             kernels=self.kernels,
         )
@@ -151,8 +154,12 @@ class AbstractWeights:
 
     def _array(self, shape, dtype, names) -> ShapeDtypeStruct:
         """The global array of which a device's piece has this shape."""
-        whole = [size * (self.devices if AXES[name] == MODEL else 1) for size, name in zip(shape, names, strict=True)]
-        return ShapeDtypeStruct(tuple(whole), jnp.dtype(dtype), sharding=NamedSharding(self.mesh, spec(names)))
+        whole = [size * pieces_along(name, self.mesh) for size, name in zip(shape, names, strict=True)]
+        sharding = NamedSharding(self.mesh, spec(names, self.mesh.axis_names))
+        return ShapeDtypeStruct(tuple(whole), jnp.dtype(dtype), sharding=sharding)
+
+    def _axis(self, name: str):
+        return axis_of(name, self.mesh.axis_names)
 
 
 def _group_size(storage: Storage, inputs: int) -> int | None:

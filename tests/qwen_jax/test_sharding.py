@@ -18,7 +18,16 @@ from qwen_jax.checkpoint_store import convert
 from qwen_jax.sampling import WHOLE, SamplingConfig, Vocabulary, device_sampler, sample
 from qwen_jax.sharded_programs import ShardedPrograms
 from qwen_jax.sharded_weights import ShardedStack
-from qwen_jax.sharding import AXES, Placement, head_layout, parameter_axes, spec, split_rows, split_vocabulary
+from qwen_jax.sharding import (
+    AXES,
+    Placement,
+    head_layout,
+    parameter_axes,
+    pieces_along,
+    spec,
+    split_rows,
+    split_vocabulary,
+)
 from qwen_jax.weight_cuts import common_group_size, take_bias, take_columns, take_rows
 from tests.qwen_jax.test_golden import CASES, FOLDER, GOLDEN, decode_logits, golden, load, relative_error
 
@@ -28,15 +37,16 @@ LIMIT = 1e-5
 MESHES = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 6), (1, 8), (2, 4), (8, 1)]
 
 
-def make_mesh(data: int, model: int, axis_type=AxisType.Explicit) -> Mesh:
-    devices = jax.devices()[: data * model]
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(axis_type,) * 2, devices=devices)
+def make_mesh(data: int, model: int, axis_type=AxisType.Explicit, sequence: int = 1) -> Mesh:
+    sizes = (data, model, sequence)[: 2 + (sequence > 1)]
+    names, devices = ("data", "model", "sequence")[: len(sizes)], jax.devices()[: data * model * sequence]
+    return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(sizes), devices=devices)
 
 
 @functools.lru_cache(maxsize=8)
-def on_mesh(case: str, kind: str, data: int, model: int, **options) -> QwenForCausalLM:
-    folder = GOLDEN / case / FOLDER[kind]
-    return QwenForCausalLM.from_pretrained(folder, dtype="float32", mesh=make_mesh(data, model), **options)
+def on_mesh(case: str, kind: str, data: int, model: int, sequence: int = 1, **options) -> QwenForCausalLM:
+    folder, mesh = GOLDEN / case / FOLDER[kind], make_mesh(data, model, sequence=sequence)
+    return QwenForCausalLM.from_pretrained(folder, dtype="float32", mesh=mesh, **options)
 
 
 # -- the whole model ---------------------------------------------------------------------------------------------------
@@ -44,14 +54,14 @@ def on_mesh(case: str, kind: str, data: int, model: int, **options) -> QwenForCa
 QUICK = [
     (ACT_ORDER, "gptq", 1, 4),  # act-order under row-parallel, groups cut in two, 2 key/value heads on 4 devices
     ("qwen3-gptqmodel-int4-g64-v2-asym-actorder", "gptq", 1, 2),  # 3 key/value heads on 2 devices
-    (QWEN1, "gptq", 1, 3),  # dynamic NTK, nothing divides
+    (QWEN1, "gptq", 1, 3, 2),  # dynamic NTK, nothing divides; the cache split along its length as well
     ("qwen3-gptqmodel-int4-g32-dynamic-tied", "float", 4, 2),  # tied head, 2 rows on 4 devices
 ]
 ALL = [(case, kind, *mesh) for case in CASES for kind in FOLDER for mesh in MESHES]
 
 
-def check_case(case, kind, data, model, *, decode=True, long=True):
-    one, many, want = load(case, kind), on_mesh(case, kind, data, model), golden(case)
+def check_case(case, kind, *mesh, decode=True, long=True):
+    one, many, want = load(case, kind), on_mesh(case, kind, *mesh), golden(case)
     ids, tokens = want["ids"], want[f"{kind}_greedy"]
     logits = np.asarray(many(ids))
     assert logits.shape == (*ids.shape, one.config.vocab_size)
@@ -67,9 +77,9 @@ def check_case(case, kind, data, model, *, decode=True, long=True):
     np.testing.assert_allclose(ours.logprobs, single.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("case, kind, data, model", QUICK)
-def test_equals_one_device(case, kind, data, model):
-    check_case(case, kind, data, model, decode=case == ACT_ORDER, long=case == QWEN1)
+@pytest.mark.parametrize("case, kind, mesh", [(case, kind, mesh) for case, kind, *mesh in QUICK])
+def test_equals_one_device(case, kind, mesh):
+    check_case(case, kind, *mesh, decode=case == ACT_ORDER, long=case == QWEN1)
 
 
 @pytest.mark.slow
@@ -78,17 +88,26 @@ def test_equals_one_device_everywhere(case, kind, data, model):
     check_case(case, kind, data, model)
 
 
+def in_order(array, model, sequence):
+    """[L, B, G, S, …] by position, of an array of which device s of "sequence" holds positions s, s + n, …"""
+    array = np.asarray(array)
+    if sequence == 1 or not isinstance(model._programs, ShardedPrograms):
+        return array
+    L, B, G, S, *rest = array.shape
+    return np.moveaxis(array.reshape(L, B, G, sequence, S // sequence, *rest), 3, 4).reshape(array.shape)
+
+
 def heads_of(array, table):
     """[L, B, G, …] of one device from an array in the devices' order of heads."""
     order = np.asarray(table).reshape(-1)
     return np.stack([array[:, :, np.flatnonzero(order == head)[0]] for head in range(order.max() + 1)], axis=2)
 
 
-def check_8_bit_cache(case, kind, data, model):
+def check_8_bit_cache(case, kind, data, model, sequence=1):
     """A value within 1e-6 of the middle between two steps may be rounded either way; later layers feel it:
     rows where all are rounded alike have the same logits, in the others few bytes differ, by a step or two."""
     options = dict(use_cache_quantization=True, max_length=64)
-    one, many = load(case, kind, **options), on_mesh(case, kind, data, model, **options)
+    one, many = load(case, kind, **options), on_mesh(case, kind, data, model, sequence, **options)
     ids, tokens = golden(case)["ids"], golden(case)[f"{kind}_greedy"]
     B, T = ids.shape
     config = one.config
@@ -100,7 +119,7 @@ def check_8_bit_cache(case, kind, data, model):
         for step in range(3):
             out, cache = m.decode(tokens[:, step : step + 1], cache)
             logits.append(np.asarray(out)[:, 0])
-        arrays = [np.asarray(leaf)[:, :B, :, : T + 3] for leaf in jax.tree.leaves(cache._peek().kv)]
+        arrays = [in_order(leaf, m, sequence)[:, :B, :, : T + 3] for leaf in jax.tree.leaves(cache._peek().kv)]
         return np.stack(logits, 1), arrays
 
     (got, arrays), (want, expected) = run(many), run(one)
@@ -119,7 +138,8 @@ def check_8_bit_cache(case, kind, data, model):
 
 
 def test_8_bit_cache():
-    assert check_8_bit_cache("qwen2-int4-per-channel", "gptq", 1, 4).any()
+    """Qwen 2: key biases are added to the tokens of each share of the length."""
+    assert check_8_bit_cache("qwen2-int4-per-channel", "gptq", 1, 2, 2).any()
 
 
 @pytest.mark.slow
@@ -192,7 +212,7 @@ def test_every_parameter_is_named_and_placed_so(case, kind, data, model):
         assert set(axes) <= set(AXES)
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec(axes)), leaf.ndim)
         for size, name in zip(leaf.shape, axes, strict=True):
-            assert size % {"model": model, "data": data, None: 1}[AXES[name]] == 0
+            assert size % pieces_along(name, mesh) == 0
         share = leaf.nbytes // (model if "model" in spec(axes) else 1)
         assert all(shard.data.nbytes == share for shard in leaf.addressable_shards)
         split += leaf.nbytes if "model" in spec(axes) else 0
