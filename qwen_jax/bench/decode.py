@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.huggingface import Checkpoint
+from qwen_jax import fused_decode
 from qwen_jax.bench.models import MODELS
 from qwen_jax.bench.random_checkpoint import RandomCheckpoint
 from qwen_jax.bench.random_weights import RandomWeights
@@ -23,6 +24,8 @@ from qwen_jax.sampling import SamplingConfig, device_sampler
 from qwen_jax.sharded_programs import ShardedPrograms
 from qwen_jax.sharded_weights import ShardedWeights
 from qwen_jax.sharding import DATA, SEQUENCE, mesh_name
+
+EACH, ONE = "a kernel at a time", "one launch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class DecodeResult:
         gigabytes_per_second: of a device: bytes_per_step over the median step.
         peak_bytes: the (first) device's own count, None where it has none.
         mesh: data x model, as 1x2.
+        form: of the layers: "a kernel at a time", or "one launch".
     """
 
     model: str
@@ -51,6 +55,7 @@ class DecodeResult:
     gigabytes_per_second: float
     peak_bytes: int | None
     mesh: str = "1x1"
+    form: str = EACH
 
 
 def build(
@@ -140,7 +145,17 @@ def measure(
         size / step / 1e9,
         stats.get("peak_bytes_in_use"),
         mesh_name(mesh),
+        form_of(decoder, loop.cache.kv),
     )
+
+
+def form_of(decoder: Decoder, kv) -> str:
+    """How a step over this cache walks the layers."""
+    if not decoder.one_launch:
+        return EACH
+    hidden_BTD = jax.ShapeDtypeStruct((kv.keys.shape[1], 1, decoder.config.hidden_size), decoder.dtype)
+    refusals = [fused_decode.refusal(block, hidden_BTD, kv, block.attention.kernels) for block in decoder.blocks]
+    return EACH if any(refusals) else ONE
 
 
 def step_bytes(decoder: Decoder, kv_bits: int, batch: int, context: int, mesh: jax.sharding.Mesh | None = None) -> int:

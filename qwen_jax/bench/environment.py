@@ -9,8 +9,8 @@ import sys
 import jax
 
 
-def environment() -> dict[str, str]:
-    """Device, driver, versions and date, for the head of a result."""
+def environment(command: str | None = None) -> dict[str, str]:
+    """Device, driver, versions, date and command, for the head of a result; `command`: by default this process's."""
     device = jax.devices()[0]
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     return {
@@ -20,7 +20,7 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         **packages,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": "qwen-jax " + " ".join(sys.argv[1:]),
+        "command": command or "qwen-jax " + " ".join(sys.argv[1:]),
     }
 
 

@@ -74,28 +74,38 @@ class RandomWeights:
 
     def _table(self) -> Linear:
         shape = (self.config.vocab_size, self.config.hidden_size)
-        weight = pack(_dense(self._next(), shape, self.dtype), self.kernels)
+        weight = pack(dense(self._next(), shape, self.dtype), self.kernels)
         return Linear(weight, axes=("hidden", "vocabulary"), kernels=self.kernels)
 
     def _linear(self, inputs: int, outputs: int, count: int, axes) -> Linear:
         stack = Stack(count)
         for layer in range(count):
             if self.bits == 16:
-                weight = _dense(self._next(), (outputs, inputs), self.dtype)
+                weight = dense(self._next(), (outputs, inputs), self.dtype)
             else:
-                weight = _quantized(self._next(), inputs, outputs, self.bits, self.group_size, self.dtype)
+                weight = quantized(self._next(), inputs, outputs, self.bits, self.group_size, self.dtype)
             stack.put(layer, pack(weight, self.kernels))
         return Linear(stack.value, axes=axes, kernels=self.kernels)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _dense(key, shape, dtype) -> DenseTensor:
-    data = (jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[-1])).astype(dtype)
-    return DenseTensor(data, dtype, shape[-1], "transposed")
+def dense(key, shape, dtype) -> DenseTensor:
+    """A random weight in layout "transposed": shape is (out, in)."""
+    rows, columns = shape
+    # Some rows at a time: the generator's float32 temporaries of a table would be larger than small models.
+    step = next(size for size in range(max(1, min(rows, 2**22 // columns)), 0, -1) if rows % size == 0)
+    step = step if step >= 64 else rows
+
+    def make(key):
+        return (jax.random.normal(key, (step, columns), jnp.float32) / math.sqrt(columns)).astype(dtype)
+
+    data = jax.lax.map(make, jax.random.split(key, rows // step)).reshape(shape)
+    return DenseTensor(data, dtype, columns, "transposed")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _quantized(key, inputs, outputs, bits, group_size, dtype) -> QuantizedTensor:
+def quantized(key, inputs, outputs, bits, group_size, dtype) -> QuantizedTensor:
+    """A random symmetric weight [in, out] in layout "gptq"; group_size -1: one group."""
     size = inputs if group_size == -1 else group_size
     words, groups = -(-inputs * bits // 32), -(-inputs // size)
     packed = jax.lax.bitcast_convert_type(jax.random.bits(key, (words, outputs), jnp.uint32), jnp.int32)

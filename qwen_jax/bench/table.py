@@ -57,8 +57,10 @@ _FAILED = Column("failed", text("failed"))
 COLUMNS: dict[str, list[Column]] = {
     "decode": [
         *_MODEL,
+        Column("form", text("form")),
         Column("tokens/s", number("tokens_per_second")),
         Column("ms/step", number("step_ms", ".3f")),
+        Column("floor ms", number("floor_ms", ".3f")),
         *_RATE,
         Column("peak GB", number("peak_bytes", ".2f", 1e-9)),
         *_ONE_DEVICE,
@@ -67,6 +69,8 @@ COLUMNS: dict[str, list[Column]] = {
     "prefill": [
         *_MODEL,
         Column("ms", number("milliseconds")),
+        Column("floor ms", number("floor_ms")),
+        Column("of floor", number("of_floor", ".0%")),
         Column("tokens/s", number("tokens_per_second", ".0f")),
         Column("TFLOP/s", number("teraflops", ".1f")),
         Column("peak GB", number("peak_bytes", ".2f", 1e-9)),
@@ -127,7 +131,7 @@ def terminal(kind: str, records: Iterable[Record]) -> Table:
     headings, rows = cells(kind, records)
     table = Table(box=None, pad_edge=False)
     for heading in headings:
-        left = heading in ("model", "in × out", "kernel", "how", "failed")
+        left = heading in ("model", "in × out", "kernel", "how", "form", "failed")
         table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "failed", overflow="fold")
     for row in rows:
         table.add_row(*row)

@@ -1,12 +1,13 @@
 """`qwen-jax bench`: speed and memory at the true dimensions of a model, with random weights; no checkpoint needed."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import os
 from typing import Annotated, Any
 
 import typer
 
-from .common import Debug, Json, Kernels, print_json, progress_bars, status
+from . import bench_kernels
+from .bench_output import Batch, Bits, Context, Dtype, KvBits, Output, check_values, examples, finish, resolve
+from .common import Debug, Json, Kernels, progress_bars, status
 
 EXAMPLES = """
 qwen-jax bench decode --model qwen-7b --bits 4 --kv-bits 8 --batch 1 --context 2048
@@ -14,24 +15,23 @@ qwen-jax bench decode --model qwen-1.8b --batch 1 --batch 8 --batch 32 --output 
 qwen-jax bench decode --model qwen-7b --one-launch
 qwen-jax bench decode --model qwen-72b --mesh 1x2 --check
 qwen-jax bench prefill --model qwen2.5-7b --context 2048
+qwen-jax bench memory --model qwen-7b --bits 4 --bits 16 --context 2048
+qwen-jax bench matmul --rows 1 --rows 16 --rows 64 --output matmul.json
+qwen-jax bench matmul --model qwen-7b --bits 8 --kernels xla
+qwen-jax bench attention --model qwen-7b --batch 8 --context 2048
 """
 
 run = typer.Typer(no_args_is_help=True)
 
 Model = Annotated[str, typer.Option(help="Dimensions: qwen-1.8b, qwen-7b, qwen2.5-7b, qwen3-8b, …")]
-Bits = Annotated[list[int], typer.Option(help="Of the weights: 4, 8 or 16; may be given several times.")]
-KvBits = Annotated[list[int], typer.Option(help="Of the KV cache: 8 or 16; may be given several times.")]
-Batch = Annotated[list[int], typer.Option(help="Rows; may be given several times.", min=1)]
-Context = Annotated[list[int], typer.Option(help="Tokens in the cache or prompt; may be given several times.", min=1)]
+Models = Annotated[list[str], typer.Option(help="Dimensions, as qwen-7b; may be given several times.")]
 Layers = Annotated[int | None, typer.Option(help="Only so many layers, for a quick look.", min=1)]
 Mesh = Annotated[
     str | None, typer.Option(help="Devices for rows x each layer (x the cache's length), as 1x2.", metavar="DxM[xS]")
 ]
 Check = Annotated[bool, typer.Option("--check", help="With --mesh: also time one device, and compare greedy tokens.")]
 OneLaunch = Annotated[bool, typer.Option("--one-launch", help="All layers of a step in one launch (Hopper).")]
-Dtype = Annotated[str, typer.Option(help="Of activations and float weights.")]
 Rounds = Annotated[int, typer.Option(help="Timed repetitions, after a warm-up.", min=1)]
-Output = Annotated[Path | None, typer.Option(help="Also write results, device and versions here as JSON.")]
 
 
 @run.callback()
@@ -39,12 +39,7 @@ def _bench(debug: Debug = False):
     """Measure speed and memory at a model's dimensions, with random weights: no checkpoint needed."""
 
 
-def _examples(what: str) -> str:
-    lines = [line for line in EXAMPLES.strip().splitlines() if line.startswith(f"qwen-jax bench {what} ")]
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(lines)
-
-
-@run.command(epilog=_examples("decode"))
+@run.command(epilog=examples(EXAMPLES, "decode"))
 def decode(
     model: Model = "qwen-7b",
     bits: Bits = [4],  # noqa: B006
@@ -55,7 +50,7 @@ def decode(
     mesh: Mesh = None,
     check: Check = False,
     one_launch: OneLaunch = False,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     kernels: Kernels = "auto",
     rounds: Rounds = 5,
     output: Output = None,
@@ -83,7 +78,7 @@ def decode(
     )
 
 
-@run.command(epilog=_examples("prefill"))
+@run.command(epilog=examples(EXAMPLES, "prefill"))
 def prefill(
     model: Model = "qwen-7b",
     bits: Bits = [4],  # noqa: B006
@@ -93,7 +88,7 @@ def prefill(
     layers: Layers = None,
     mesh: Mesh = None,
     check: Check = False,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     kernels: Kernels = "auto",
     rounds: Rounds = 5,
     output: Output = None,
@@ -104,6 +99,51 @@ def prefill(
     _model("prefill", model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json)
 
 
+@run.command(epilog=examples(EXAMPLES, "memory"))
+def memory(
+    model: Models = ["qwen-7b"],  # noqa: B006
+    bits: Bits = [4],  # noqa: B006
+    kv_bits: KvBits = [8],  # noqa: B006
+    batch: Batch = [1],  # noqa: B006
+    context: Context = [2048],  # noqa: B006
+    layers: Layers = None,
+    one_launch: OneLaunch = False,
+    dtype: Dtype = "auto",
+    kernels: Kernels = "auto",
+    output: Output = None,
+    json: Json = False,
+    debug: Debug = False,
+):
+    """Device memory at its peak, reading a prompt and decoding up to --context: weights, cache and temporaries."""
+    from ..bench import memory, processes
+    from ..bench.models import MODELS
+
+    check_values("model", model, list(MODELS))
+    check_values("bits", bits, [4, 8, 16])
+    check_values("kv-bits", kv_bits, [8, 16])
+    processes.leave_memory()
+    options = dict(layers=layers, dtype=resolve(dtype), kernels=kernels, one_launch=one_launch)
+    cases = [
+        (name, dict(bits=weight_bits, kv_bits=cache_bits, batch=rows, context=length))
+        for name in model
+        for weight_bits in bits
+        for cache_bits in kv_bits
+        for rows in batch
+        for length in context
+    ]
+    results = []
+    with progress_bars() as update:
+        for number, (name, case) in enumerate(cases):
+            update("Measuring memory", number, len(cases), unit="cases", note=name)
+            results.append(memory.measure(name, **case, **options))
+            update("Measuring memory", number + 1, len(cases), unit="cases")
+    finish("memory", results, None, output, json)
+
+
+run.command(epilog=examples(EXAMPLES, "matmul"))(bench_kernels.matmul)
+run.command(epilog=examples(EXAMPLES, "attention"))(bench_kernels.attention)
+
+
 def _model(
     what, model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json, options=None
 ) -> None:
@@ -112,14 +152,16 @@ def _model(
 
     from jax.errors import JaxRuntimeError
 
-    from ..bench import decode, one_device, prefill, timing
+    from ..bench import decode, floors, one_device, prefill, timing
     from ..bench.models import MODELS
     from ..sharding import parse_mesh
 
     module = {"decode": decode, "prefill": prefill}[what]
-    _check("model", [model], list(MODELS))
-    _check("bits", bits, [4, 8, 16])
-    _check("kv-bits", kv_bits, [8, 16])
+    check_values("model", [model], list(MODELS))
+    check_values("bits", bits, [4, 8, 16])
+    check_values("kv-bits", kv_bits, [8, 16])
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".93")  # of a GPU; read when JAX first asks for it
+    dtype = resolve(dtype)
     if check and mesh is None:
         raise ValueError("--check: goes with --mesh, which it compares with one device. Give --mesh, as 1x2.")
     devices = None if mesh is None else parse_mesh(mesh)
@@ -172,43 +214,5 @@ def _model(
     with status("Measuring a copy"):  # last, so that its arrays are in no peak
         copy = timing.copy_bandwidth(None if dtype == "bfloat16" else 128) / 1e9
     for result in results:
-        if "gigabytes_per_second" in result:
-            result["of_copy"] = result["gigabytes_per_second"] / copy
-    _finish(what, results, copy, output, json)
-
-
-def _check(name: str, values: Sequence, allowed: Sequence) -> None:
-    for value in values:
-        if value not in allowed:
-            raise ValueError(f"--{name} {value} is none of {', '.join(map(str, allowed))}.")
-
-
-def _finish(
-    what: str,
-    results: list,
-    copy: float | None,
-    output: Path | None,
-    json: bool,
-    more: Mapping[str, Any] = {},  # noqa: B006
-) -> None:
-    """Prints the table or the JSON, writes the file; exit code 1 where a case failed."""
-    import json as json_module
-
-    from rich.console import Console
-
-    from ..bench import table
-    from ..bench.environment import environment
-
-    facts = {"kind": what, "environment": environment(), "copy_gigabytes_per_second": copy, **more, "results": results}
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json_module.dumps(facts, indent=1) + "\n")
-    if json:
-        print_json(facts)
-    else:
-        head = f"{facts['environment']['device']}, JAX {facts['environment']['jax']}"
-        console = Console(width=None if Console().is_terminal else 200, highlight=False)
-        console.print(head if copy is None else f"{head}, a copy moves {copy:.0f} GB/s")
-        console.print(table.terminal(what, results))
-    if any("failed" in result for result in results):
-        raise typer.Exit(1)
+        floors.add(what, result, copy)
+    finish(what, results, copy, output, json)
