@@ -2,15 +2,17 @@
 
     XLA_PYTHON_CLIENT_MEM_FRACTION=.93 python benchmarks/two_cards.py --output result.json
 
-Weights are random: two layers made on the host, repeated on the device to the model's depth, the same numbers on one
-card and on two, so that greedy tokens can be compared. All programs compile in threads before anything is timed. The
-work is done by a process of its own, which is killed when it says nothing for too long (a collective that hangs): rows
-are printed and written as they are measured, so that the others are kept.
+Weights are random, made on the cards, the same numbers on one as on two, so that greedy tokens can be compared. A form
+of a decode step is "each" (a kernel at a time), "one" (all layers in one launch), or "alone": one launch without its
+sums over the cards, to tell their time. All programs compile in threads before anything is timed. The work is done by
+a process of its own, which is killed when it says nothing for too long (a collective that hangs): rows are printed and
+written as they are measured, so that the others are kept.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextvars
 import dataclasses
 import functools
 import json
@@ -28,111 +30,77 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters.huggingface import Module
-from pallas_kernels.dense_matmul import DenseTensor
+from pallas_kernels import decode_step
+from qwen_jax.bench import device_weights
 from qwen_jax.bench.decode import _noise, programs_of
 from qwen_jax.bench.environment import environment
 from qwen_jax.bench.models import MODELS
-from qwen_jax.bench.random_checkpoint import RandomCheckpoint
 from qwen_jax.generation import Loop, Rules
-from qwen_jax.loading import CheckpointWeights
-from qwen_jax.model import Decoder
+from qwen_jax.plan.abstract import Storage
 from qwen_jax.sampling import SamplingConfig, device_sampler
-from qwen_jax.sharded_weights import ShardedWeights
 from qwen_jax.sharding import parse_mesh
 
-HOST_LAYERS = 2  # made on the host, then repeated
 STEPS, ROUNDS = 16, 4
 ROWS = """
-qwen-72b 4 decode 1 1x2
-qwen-72b 4 decode 8 1x2
-qwen-72b 4 prefill 1 1x2
-qwen-72b 4 decode 1 1x1
-qwen-72b 4 decode 8 1x1
-qwen-72b 4 prefill 1 1x1
-qwen-7b 4 decode 1 1x2
-qwen-7b 4 decode 8 1x2
-qwen-7b 4 decode 32 1x2
-qwen-7b 4 decode 1 1x1
-qwen-7b 4 decode 8 1x1
-qwen-7b 4 decode 32 1x1
-qwen2.5-72b 4 decode 32 1x2
-qwen2.5-72b 4 decode 32 1x1
-qwen-72b 8 decode 1 1x2
-qwen-14b 4 decode 1 1x2
-qwen-14b 4 decode 8 1x2
-qwen-14b 4 decode 32 1x2
-qwen-14b 4 decode 1 1x1
-qwen-14b 4 decode 8 1x1
-qwen-14b 4 decode 32 1x1
+qwen-72b 4 decode 1 1x2 one
+qwen-72b 4 decode 1 1x1 one
+qwen-7b 4 decode 1 1x2 one
+qwen-7b 4 decode 1 1x1 one
+qwen-72b 4 prefill 1 1x2 each
+qwen-72b 4 prefill 1 1x1 each
+qwen2.5-72b 4 decode 32 1x2 each
+qwen2.5-72b 4 decode 32 1x1 each
+qwen-72b 4 decode 1 1x2 each
+qwen-72b 4 decode 1 1x2 alone
+qwen-7b 4 decode 1 1x2 alone
+qwen-7b 4 decode 8 1x2 one
+qwen-7b 4 decode 8 1x1 one
+qwen-72b 4 decode 8 1x2 one
+qwen-72b 4 decode 8 1x1 one
+qwen-7b 4 decode 32 1x2 each
+qwen-7b 4 decode 32 1x1 each
+qwen-14b 4 decode 1 1x2 one
+qwen-14b 4 decode 1 1x1 one
+qwen-14b 4 decode 32 1x2 each
+qwen-14b 4 decode 32 1x1 each
+qwen-72b 8 decode 1 1x2 one
+qwen-72b 8 decode 8 1x2 one
 """  # the cache of qwen-72b, batch 32, is larger than a card: qwen2.5-72b stands there
 REDUCTIONS = re.compile("all-?reduce|psum|nccl", re.IGNORECASE)
 
 
-class Tables(RandomCheckpoint):
-    """Token tables whose rows repeat: whole ones take the host seconds."""
-
-    def _whole(self, path: str) -> Module:
-        if path not in ("embedding", "lm_head"):
-            return super()._whole(path)
-        spec = self.spec(path)
-        part = self._rng(path).standard_normal((4096, spec.in_features), np.float32) / np.sqrt(spec.in_features)
-        repeats = -(-spec.out_features // 4096)
-        data_OI = np.tile(part.astype(self.dtype), (repeats, 1))[: spec.out_features]
-        return Module(DenseTensor(data_OI, self.dtype, spec.in_features, "transposed"), None)
+# Fields of the one launch's plan while a program is traced.
+plan_options: contextvars.ContextVar[dict | None] = contextvars.ContextVar("plan_options", default=None)
+_run = decode_step.run
+decode_step.run = lambda *args, **named: _run(*args, **named, plan_options=plan_options.get())
 
 
 @dataclasses.dataclass
 class Model:
-    """One model on one mesh: its programs, and its leaves at the depth of `HOST_LAYERS`."""
+    """One model on one mesh in one form: its programs, at first without arrays."""
 
     name: str
     bits: int
     mesh: jax.sharding.Mesh | None
+    form: str
 
-    def build(self) -> None:
-        """Makes the shallow leaves, and programs that believe in all layers."""
-        config = MODELS[self.name]
-        shallow = dataclasses.replace(config, num_layers=HOST_LAYERS, sliding_layers=(False,) * HOST_LAYERS)
-        checkpoint = Tables(shallow, bits=self.bits)
-        if self.mesh is None:
-            weights = CheckpointWeights(checkpoint, dtype="bfloat16")
-        else:
-            weights = ShardedWeights(checkpoint, self.mesh, dtype="bfloat16")
-        decoder = Decoder(weights.config, weights, dtype="bfloat16", unroll=jax.default_backend() == "gpu")
-        layers = config.num_layers
-        decoder.config = dataclasses.replace(decoder.config, num_layers=layers, sliding_layers=(False,) * layers)
-        [block] = decoder.blocks
-        block.count = layers
+    def __post_init__(self):
+        options = dict(unroll=jax.default_backend() == "gpu", one_launch=self.form != "each")
+        decoder = device_weights.shapes(self.config, self.storage, self.mesh, **options)
         self.programs = programs_of(decoder, self.mesh)
-        leaves, self.repeats = self.programs._leaves, layers // HOST_LAYERS
-        self.shardings = [leaf.sharding for leaf in leaves]
-        # On the host until its turn: the models side by side would fill a card.
-        self.shallow = [np.asarray(leaf) for leaf in leaves]
-        self.programs._leaves = None
+        self.shapes, self.programs._leaves = self.programs._leaves, None
 
-    def abstract(self) -> list[jax.ShapeDtypeStruct]:
-        """The leaves at full depth, without memory."""
-        return [
-            jax.ShapeDtypeStruct((self._depth(leaf), *leaf.shape[1:]), leaf.dtype, sharding=sharding)
-            for leaf, sharding in zip(self.shallow, self.shardings, strict=True)
-        ]
+    @property
+    def config(self):
+        return MODELS[self.name]
 
-    def deepen(self) -> list[jax.Array]:
-        """The leaves at full depth."""
-        return [
-            self._repeat(jax.device_put(leaf, sharding), self._depth(leaf) // leaf.shape[0], sharding)
-            for leaf, sharding in zip(self.shallow, self.shardings, strict=True)
-        ]
+    @property
+    def storage(self):
+        return Storage(bits=self.bits, scales="bfloat16")
 
-    def _depth(self, leaf) -> int:
-        return leaf.shape[0] * (self.repeats if leaf.shape[0] == HOST_LAYERS else 1)
-
-    def _repeat(self, leaf, repeats: int, sharding):
-        if repeats == 1:
-            return leaf
-        tile = functools.partial(jnp.tile, reps=(repeats, *[1] * (leaf.ndim - 1)))
-        return jax.jit(tile, out_shardings=sharding)(leaf)
+    def maker(self):
+        """What makes the arrays, compiled."""
+        return device_weights.maker(self.config, self.storage, self.mesh, 2).lower().compile()
 
     def rows(self, array) -> jax.Array:
         """An array of the batch where the programs want it."""
@@ -166,7 +134,8 @@ class Decode:
             chunk, static = chunk.func, chunk.args
         abstract = shapes(functools.partial(self.loop, 0, False), self.loop(0, False, 1))
         run = dict(filters=self.filters, logprobs=False, steps=STEPS, active_length=self.room)
-        arguments = (*static, self.model.abstract(), self.sampler, self.rules)
+        arguments = (*static, self.model.shapes, self.sampler, self.rules)
+        plan_options.set({"skip": ("cards",)} if self.model.form == "alone" else None)
         self.compiled = chunk.lower(*arguments, loop=abstract, **run).compile()
 
     def measure(self, leaves) -> dict:
@@ -185,7 +154,7 @@ class Decode:
         step = statistics.median(seconds[2:])
         row = {"step_ms": round(step * 1e3, 3), "tokens_per_second": round(self.batch / step, 1), "tokens": tokens}
         if self.model.mesh is not None:
-            row |= reductions(lambda: jax.block_until_ready(run(loop=loop)))
+            row |= kernels(lambda: jax.block_until_ready(run(loop=loop)))
         return row
 
 
@@ -207,7 +176,7 @@ class Prefill:
         if isinstance(read, functools.partial):
             read, static = read.func, read.args
         abstract = shapes(self.cache, self.cache(1))
-        self.compiled = read.lower(*static, self.model.abstract(), self.ids, self.lengths, cache=abstract).compile()
+        self.compiled = read.lower(*static, self.model.shapes, self.ids, self.lengths, cache=abstract).compile()
 
     def measure(self, leaves) -> dict:
         """Milliseconds, median."""
@@ -229,8 +198,8 @@ def shapes(make, like):
     )
 
 
-def reductions(run) -> dict:
-    """Milliseconds of a step in which the first card is busy, and those that it spends in reductions, by the profiler.
+def kernels(run) -> dict:
+    """Milliseconds of a step that the first card is busy: in all, in XLA's reductions, in the one launch.
 
     A reduction waits for the other card: its time holds how far the two are apart.
     """
@@ -246,30 +215,49 @@ def reductions(run) -> dict:
                 busy[event.name] += event.duration_ns / STEPS / 1e6
     if not busy:  # a machine without GPUs
         return {}
-    waiting = sum(time for name, time in busy.items() if REDUCTIONS.search(name))
-    return {"busy_ms": round(sum(busy.values()), 3), "reductions_ms": round(waiting, 3)}
+    print(
+        {name[:60]: round(time, 4) for name, time in sorted(busy.items(), key=lambda pair: -pair[1])[:12]}, flush=True
+    )
+    sums = {"busy_ms": "", "reductions_ms": REDUCTIONS, "launch_ms": "decode_step"}
+    return {key: round(sum(ms for name, ms in busy.items() if re.search(part, name)), 3) for key, part in sums.items()}
 
 
 def table(rows: list[dict]) -> str:
-    """One line for each case: one card, two cards, how many times as fast, the share of reductions, tokens."""
-    cases: dict[tuple, dict] = {}
-    for row in rows:
-        cases.setdefault(tuple(row[key] for key in ("model", "bits", "what", "batch")), {})[row["mesh"]] = row
-    lines = ["| model | bits | what | batch | 1x1 ms | 1x2 ms | times | reductions ms | tokens |", "|" + "---|" * 9]
-    for case, meshes in cases.items():
-        one, two = meshes.get("1x1", {}), meshes.get("1x2", {})
-        times = [row.get("step_ms", row.get("milliseconds")) for row in (one, two)]
-        shown = [
-            f"{value:.2f}" if value else "fails" if "failed" in row else "-"
-            for value, row in zip(times, (one, two), strict=True)
-        ]
-        ratio = f"{times[0] / times[1]:.2f}" if all(times) else "-"
-        same = "-"
-        if "tokens" in one and "tokens" in two:
-            differ = [n for n, pair in enumerate(zip(one["tokens"], two["tokens"], strict=True)) if len(set(pair)) > 1]
-            same = f"differ from {differ[0]} on" if differ else "equal"
-        lines.append(f"| {' | '.join([*case, *shown, ratio, str(two.get('reductions_ms', '-')), same])} |")
+    """One line for each form on two cards, against the best form on one."""
+    heads = [
+        "model",
+        "bits",
+        "what",
+        "batch",
+        "one card ms",
+        "two cards ms",
+        "form",
+        "times",
+        "reductions ms",
+        "tokens",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    cases = list(dict.fromkeys(tuple(row[key] for key in ("model", "bits", "what", "batch")) for row in rows))
+    for case in cases:
+        mine = [row for row in rows if tuple(row[key] for key in ("model", "bits", "what", "batch")) == case]
+        done = [row for row in mine if row["mesh"] == "1x1" and _time(row)]
+        one = min(done, key=_time) if done else {}
+        for two in [row for row in mine if row["mesh"] != "1x1"] or [{}]:
+            times = _time(one), _time(two)
+            shown = [f"{value:.2f}" if value else "-" for value in times]
+            ratio = f"{times[0] / times[1]:.2f}" if all(times) else "-"
+            same = "-"
+            if "tokens" in one and "tokens" in two and two["form"] != "alone":
+                pairs = zip(one["tokens"], two["tokens"], strict=True)
+                differ = [n for n, pair in enumerate(pairs) if len(set(pair)) > 1]
+                same = f"differ from {differ[0]} on" if differ else "equal"
+            cells = [*case, *shown, two.get("form", "-"), ratio, str(two.get("reductions_ms", "-")), same]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _time(row: dict) -> float | None:
+    return row.get("step_ms", row.get("milliseconds"))
 
 
 def watch(command: list[str], silence: float, limit: float) -> int:
@@ -300,7 +288,7 @@ def watch(command: list[str], silence: float, limit: float) -> int:
 def main() -> None:
     """Compiles and measures the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", help="file of rows: model bits decode|prefill batch mesh", type=Path)
+    parser.add_argument("--rows", help="file of rows: model bits decode|prefill batch mesh form", type=Path)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=1e9, help="no row begins after so many")
     parser.add_argument("--output", type=Path)
@@ -316,19 +304,19 @@ def main() -> None:
     began = time.perf_counter()
     lines = [line.split() for line in (arguments.rows.read_text() if arguments.rows else ROWS).split("\n") if line]
     meshes = {"1x1": None} | {name: parse_mesh(name) for name in {line[4] for line in lines} - {"1x1"}}
-    keys = list(dict.fromkeys((line[0], int(line[1]), line[4]) for line in lines))
-    models = {key: Model(key[0], key[1], meshes[key[2]]) for key in keys}
+    keys = list(dict.fromkeys((line[0], int(line[1]), line[4], line[5]) for line in lines))
+    models = {key: Model(key[0], key[1], meshes[key[2]], key[3]) for key in keys}
     works = []
     facts = {"environment": environment() | {"command": " ".join(["python", *sys.argv[:-1]])}, "rows": []}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        built = {key: pool.submit(model.build) for key, model in models.items()}
+        makers = {key[:3]: model.maker for key, model in models.items()}
+        makers = {key: pool.submit(maker) for key, maker in makers.items()}
 
         def prepare(line):
-            key = line[0], int(line[1]), line[4]
-            built[key].result()
-            work = {"decode": Decode, "prefill": Prefill}[line[2]](models[key], int(line[3]), arguments.context)
+            model = models[line[0], int(line[1]), line[4], line[5]]
+            work = {"decode": Decode, "prefill": Prefill}[line[2]](model, int(line[3]), arguments.context)
             work.compile()
-            return key, work
+            return work
 
         works = [(line, pool.submit(prepare, line)) for line in lines]
         held, leaves = None, None
@@ -336,15 +324,15 @@ def main() -> None:
             concurrent.futures.wait([work])
             print(f"{' '.join(line)}: compiled, {time.perf_counter() - began:.0f} s", flush=True)
         for line, future in works:
-            row = dict(zip(("model", "bits", "what", "batch", "mesh"), line, strict=True))
+            row = dict(zip(("model", "bits", "what", "batch", "mesh", "form"), line, strict=True))
             if time.perf_counter() - began > arguments.seconds:
                 print(f"no time for {row}", flush=True)
                 continue
             try:
-                key, work = future.result()
+                work, key = future.result(), (line[0], int(line[1]), line[4])
                 if held != key:
                     leaves = None
-                    held, leaves = key, jax.block_until_ready(models[key].deepen())
+                    held, leaves = key, jax.block_until_ready(makers[key].result()())
                 row |= work.measure(leaves)
             except Exception as error:  # a row that cannot run is reported, and the others still run
                 row["failed"] = repr(error)[:400]
