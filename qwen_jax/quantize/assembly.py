@@ -1,6 +1,5 @@
 """From integers in the order of rounding to what the file holds, on the device."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,6 @@ class Places(NamedTuple):
     natural_I: np.ndarray | None
 
 
-@functools.partial(jax.jit, static_argnames="bits")
 def assembled(q_RO, scales_CO, zeros_CO, places: Places, *, bits: int):
     """(packed words int32 [words, out], scales float16 [groups, out], zero-points uint8, matrix float32 [in, out]).
 

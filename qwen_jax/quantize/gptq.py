@@ -9,6 +9,7 @@ paper pushes every error into all later rows through a factor of H⁻¹, here ea
 import dataclasses
 import functools
 import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,15 @@ from jax import lax
 
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.layout import BITS
-from qwen_jax.quantize.assembly import Places, assembled
+from qwen_jax.quantize.assembly import assembled
 from qwen_jax.quantize.grids import HALF_MAX, PRECISION, Grid, find_grid, round_onto, static_grids
+from qwen_jax.quantize.order import ORDERS, Plan
 
 logger = logging.getLogger("qwen_jax")
 
 BLOCK = 32  # rows whose mutual corrections are made one by one; those of earlier rows come in one product
 AUTOGPTQ_BLOCK = 128  # rows after which AutoGPTQ's errors reach the weights that it takes scales from
 LARGEST_DAMP = 1.0
-
-ORDERS = ("natural", "activation", "group_aware")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,44 +108,31 @@ def quantize_matrix(
     hessian_II = jnp.asarray(hessian_II, jnp.float32)
     if hessian_II.shape != (in_features, in_features):
         raise ValueError(f"{where}: H has shape {hessian_II.shape}, expected {(in_features, in_features)}.")
-    if not bool(jnp.isfinite(hessian_II).all()):
+    facts = jax.device_get(_facts(weight_IO, hessian_II, cross_IO))
+    if not facts["hessian"]:
         raise ValueError(f"{where}: NaN or infinity in the activations; check the weights of the layers before it.")
-    if cross_IO is not None and not bool(jnp.isfinite(cross_IO).all()):
+    if not facts["cross"]:
         raise ValueError(f"{where}: NaN or infinity in the activations of the float model; check the layers before it.")
-    if not bool(jnp.isfinite(weight_IO).all()):
+    if not facts["weight"]:
         raise ValueError(f"{where}: NaN or infinity in the weights; check the checkpoint.")
-    if float(jnp.abs(weight_IO).max()) / ((1 << settings.bits) - 1) > HALF_MAX / 4:
-        raise ValueError(f"{where}: weights reach {float(jnp.abs(weight_IO).max()):g}, too large for float16 scales.")
+    if facts["largest"] / ((1 << settings.bits) - 1) > HALF_MAX / 4:
+        raise ValueError(f"{where}: weights reach {facts['largest']:g}, too large for float16 scales.")
 
-    plan = _Plan.make(np.asarray(jnp.diagonal(hessian_II), np.float64), settings, block)
-    lower_II, loading_I, damp = _factor(hessian_II, plan.order_I, settings.damp, where)
-    target_IO = weight_IO
-    if cross_IO is not None:
-        target_IO = _moved(
-            weight_IO, lower_II, loading_I, plan.order_I, cross_IO, float(jnp.diagonal(hessian_II).mean())
-        )
-    grid = Grid(settings.bits, settings.sym, settings.scale_search, settings.smallest_zero)
-
+    plan = Plan.make(facts["diagonal"].astype(np.float64), settings, block)
+    lower_II, loading_I, damp = _factor(hessian_II, plan.order_I, settings.damp, bool(facts["diagonal"].any()), where)
     behind = 0 if settings.scale_search or AUTOGPTQ_BLOCK % plan.chunk else AUTOGPTQ_BLOCK
     padded = -(-len(plan.row_R) // behind) * behind if behind else len(plan.row_R)
-    place_I = jnp.asarray(plan.place_I)
-    lower_RR, loading_R, target_RO = lower_II, loading_I, target_IO[plan.order_I]
-    if padded > in_features:
-        lower_RR = jnp.zeros((padded, padded)).at[place_I[:, None], place_I].set(lower_II)
-        loading_R = jnp.zeros(padded).at[place_I].set(loading_I)
-        target_RO = jnp.zeros((padded, target_IO.shape[1])).at[place_I].set(target_RO)
-    static = None
-    if settings.static_groups and plan.groups > 1:
-        loading_of_row_I = jnp.zeros(in_features).at[plan.order_I].set(loading_I)
-        static = static_grids(target_IO, loading_of_row_I, plan.groups, plan.group_size, grid)
-        static = (*static, jnp.asarray(np.maximum(plan.row_R, 0) // plan.group_size))
-    q_RO, scales_CO, zeros_CO = _solve(
-        target_RO, lower_RR, loading_R, static, chunk=plan.chunk, step=plan.step, grid=grid, behind=behind
+    static = plan.static and plan.groups > 1
+    shape = _Shape(plan.chunk, plan.step, behind, padded, plan.group_size, plan.groups if static else None)
+    grid = Grid(settings.bits, settings.sym, settings.scale_search, settings.smallest_zero)
+    row_R = np.maximum(plan.row_R, 0) if static else None
+    packed, scales, zeros, quantized_IO, error = _rounded(
+        *(weight_IO, hessian_II, cross_IO, lower_II, loading_I),
+        *(plan.order_I, plan.place_I, row_R, plan.places()),
+        shape=shape,
+        grid=grid,
     )
-    if static is not None:
-        scales_CO, zeros_CO = static[:2]
-    packed, scales, zeros, quantized_IO = assembled(q_RO, scales_CO, zeros_CO, plan.places(), bits=settings.bits)
-    packed, scales, zeros = jax.device_get((packed, scales, None if settings.sym else zeros))
+    packed, scales, zeros, error = jax.device_get((packed, scales, None if settings.sym else zeros, error))
     tensor = QuantizedTensor(
         packed,
         scales,
@@ -155,11 +142,22 @@ def quantize_matrix(
         group_size=plan.group_size,
         in_features=in_features,
     )
-    return QuantizedMatrix(tensor, quantized_IO, float(relative_error(quantized_IO, target_IO, hessian_II)), damp)
+    return QuantizedMatrix(tensor, quantized_IO, float(error), damp)
 
 
 @jax.jit
-def relative_error(quantized_IO, weight_IO, hessian_II):
+def _facts(weight_IO, hessian_II, cross_IO):
+    """What has to be known before the first step: whether all is finite, and H's diagonal."""
+    return {
+        "hessian": jnp.isfinite(hessian_II).all(),
+        "weight": jnp.isfinite(weight_IO).all(),
+        "cross": True if cross_IO is None else jnp.isfinite(cross_IO).all(),
+        "largest": jnp.abs(weight_IO).max(),
+        "diagonal": jnp.diagonal(hessian_II),
+    }
+
+
+def _relative_error(quantized_IO, weight_IO, hessian_II):
     """tr((Q − W)ᵀ H (Q − W)) / tr(Wᵀ H W): the squared error of the outputs, relative to the outputs."""
 
     def square(x_IO):
@@ -168,85 +166,12 @@ def relative_error(quantized_IO, weight_IO, hessian_II):
     return square(quantized_IO - weight_IO) / jnp.maximum(square(weight_IO), jnp.finfo(jnp.float32).tiny)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The order of the rows, cut into chunks that share a grid and are padded to whole steps.
-
-    Attributes:
-        order_I: rows of the matrix in the order of rounding.
-        row_R: the same with −1 where a chunk is padded, [chunks · chunk].
-        place_I: where in row_R each of order_I stands.
-        chunk: padded rows of a chunk: a group, or with static groups any number of rows.
-        step: rows of a block; divides chunk.
-        group_C: the group that each chunk is; None where chunks are no groups (static).
-        permutation: as in `QuantizedTensor`.
-        group_size: true rows of a group.
-        groups: their number.
-    """
-
-    order_I: np.ndarray
-    row_R: np.ndarray
-    place_I: np.ndarray
-    chunk: int
-    step: int
-    group_C: np.ndarray | None
-    permutation: np.ndarray | None
-    group_size: int
-    groups: int
-
-    @classmethod
-    def make(cls, diagonal_I: np.ndarray, settings: MatrixSettings, block: int) -> "_Plan":
-        in_features = len(diagonal_I)
-        group_size = in_features if settings.group_size == -1 else min(settings.group_size, in_features)
-        groups = -(-in_features // group_size)
-        static = settings.static_groups and groups > 1
-        natural = [
-            np.arange(start, min(start + group_size, in_features)) for start in range(0, in_features, group_size)
-        ]
-        group_C = np.arange(groups)
-        if settings.order == "natural":
-            order_I = np.arange(in_features)
-        elif settings.order == "activation" or groups == 1:
-            order_I = np.argsort(-diagonal_I, kind="stable")
-        else:
-            group_C = np.argsort([-diagonal_I[rows].max() for rows in natural], kind="stable")
-            inner = [natural[group][np.argsort(-diagonal_I[natural[group]], kind="stable")] for group in group_C]
-            order_I = np.concatenate(inner)
-        rows = min(block, in_features) if static else group_size
-        step = -(-rows // -(-rows // block))
-        chunk = -(-rows // step) * step
-        if static:
-            sizes = [min(rows, in_features - start) for start in range(0, in_features, rows)]
-        else:
-            sizes = [len(natural[group]) for group in group_C]
-            if settings.order == "activation":  # groups are formed along the order
-                sizes = [len(part) for part in natural]
-        row_R = np.full(len(sizes) * chunk, -1)
-        starts = np.repeat(np.arange(len(sizes)) * chunk - np.cumsum([0, *sizes[:-1]]), sizes)
-        place_I = np.arange(in_features) + starts
-        row_R[place_I] = order_I
-        moved = settings.order == "activation" and groups > 1 and not static
-        permutation = order_I.astype(np.int32) if moved else None
-        return cls(order_I, row_R, place_I, chunk, step, None if static else group_C, permutation, group_size, groups)
-
-    def places(self) -> Places:
-        """Where the stored rows and groups are."""
-        row_I, natural_I = self.place_I, None
-        if self.permutation is None:
-            row_I = np.empty_like(self.place_I)
-            row_I[self.order_I] = self.place_I
-        else:
-            natural_I = np.argsort(self.permutation)
-        chunk_G = np.arange(self.groups) if self.group_C is None else np.argsort(self.group_C)
-        return Places(row_I, chunk_G, np.arange(len(row_I)) // self.group_size, natural_I)
-
-
 # -- the factor of H -------------------------------------------------------------------------------------------------
 
 
 @jax.jit
 def _cholesky(hessian_II, order_I, damp):
-    """A of H / mean(diag H) + damp = AᵀA in the order given, as (A / diag A, strictly lower; diag(A)²)."""
+    """A of H / mean(diag H) + damp = AᵀA in the order given: (A / diag A, strictly lower; diag(A)²; whether it is)."""
     diagonal_I = jnp.diagonal(hessian_II)
     mean = diagonal_I.mean()
     ordered_II = hessian_II[order_I][:, order_I] / jnp.where(mean > 0, mean, 1.0)
@@ -254,17 +179,18 @@ def _cholesky(hessian_II, order_I, damp):
     # Cholesky of the reversed matrix, reversed, is the upper factor of H = R Rᵀ; A = Rᵀ.
     lower_II = jnp.linalg.cholesky(ordered_II[::-1, ::-1])[::-1, ::-1].T
     diagonal_I = jnp.diagonal(lower_II)
-    return jnp.tril(lower_II / diagonal_I[:, None], -1), diagonal_I**2
+    lower_II, loading_I = jnp.tril(lower_II / diagonal_I[:, None], -1), diagonal_I**2
+    return lower_II, loading_I, jnp.isfinite(lower_II).all() & (loading_I > 0).all()
 
 
-def _factor(hessian_II, order_I, damp: float, where: str):
+def _factor(hessian_II, order_I, damp: float, reached: bool, where: str):
     """The factor with the least of damp, 2 damp, 4 damp … that works; H all zero (nothing reached it) has damp 1."""
     wanted = damp
-    if not float(jnp.diagonal(hessian_II).mean()) > 0:
+    if not reached:
         damp = LARGEST_DAMP
     while True:
-        lower_II, loading_I = _cholesky(hessian_II, jnp.asarray(order_I), damp)
-        if bool(jnp.isfinite(lower_II).all()) and bool((loading_I > 0).all()):
+        lower_II, loading_I, works = _cholesky(hessian_II, order_I, damp)
+        if works:
             break
         if damp >= LARGEST_DAMP:
             raise ValueError(
@@ -277,10 +203,8 @@ def _factor(hessian_II, order_I, damp: float, where: str):
     return lower_II, loading_I, damp
 
 
-@jax.jit
 def _moved(weight_IO, lower_II, loading_I, order_I, cross_IO, mean):
     """W + (H + damp)⁻¹ · cross, by the factor: (DA)ᵀ(DA) with D² = loading."""
-    order_I = jnp.asarray(order_I)
     factor_II = (lower_II + jnp.eye(len(order_I))) * jnp.sqrt(loading_I)[:, None]
     solve = functools.partial(jax.scipy.linalg.solve_triangular, factor_II, lower=True)
     right_IO = jnp.asarray(cross_IO, jnp.float32)[order_I] / jnp.where(mean > 0, mean, 1.0)
@@ -291,20 +215,64 @@ def _moved(weight_IO, lower_II, loading_I, order_I, cross_IO, mean):
 # -- rounding --------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "step", "grid", "behind"))
-def _solve(target_RO, lower_RR, loading_R, static, *, chunk: int, step: int, grid: Grid, behind: int):
+class _Shape(NamedTuple):
+    """What the program of a matrix depends on beside its size.
+
+    Attributes:
+        chunk: rows of a chunk.
+        step: rows of a block.
+        behind: 0, or rows of a block (whole chunks) whose own errors its chunks' grids do not see.
+        padded: rows in all.
+        group_size: rows of a group.
+        static_groups: their number where all scales are found before any rounding; else None: each chunk finds its own.
+    """
+
+    chunk: int
+    step: int
+    behind: int
+    padded: int
+    group_size: int
+    static_groups: int | None
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "grid"))
+def _rounded(
+    weight_IO, hessian_II, cross_IO, lower_II, loading_I, order_I, place_I, row_R, places, *, shape: _Shape, grid: Grid
+):
+    """What `assembled` gives, and the relative error; all of a matrix after the factor, as one program."""
+    target_IO = weight_IO
+    if cross_IO is not None:
+        mean = jnp.diagonal(hessian_II).mean()
+        target_IO = _moved(weight_IO, lower_II, loading_I, order_I, cross_IO, mean)
+    lower_RR, loading_R, target_RO = lower_II, loading_I, target_IO[order_I]
+    if shape.padded > len(order_I):
+        lower_RR = jnp.zeros((shape.padded, shape.padded)).at[place_I[:, None], place_I].set(lower_II)
+        loading_R = jnp.zeros(shape.padded).at[place_I].set(loading_I)
+        target_RO = jnp.zeros((shape.padded, target_IO.shape[1])).at[place_I].set(target_RO)
+    static = None
+    if shape.static_groups is not None:
+        loading_of_row_I = jnp.zeros(len(order_I)).at[order_I].set(loading_I)
+        static = static_grids(target_IO, loading_of_row_I, shape.static_groups, shape.group_size, grid)
+        static = (*static, row_R // shape.group_size)
+    q_RO, scales_CO, zeros_CO = _solve(target_RO, lower_RR, loading_R, static, shape, grid)
+    if static is not None:
+        scales_CO, zeros_CO = static[:2]
+    *parts, quantized_IO = assembled(q_RO, scales_CO, zeros_CO, places, bits=grid.bits)
+    return *parts, quantized_IO, _relative_error(quantized_IO, target_IO, hessian_II)
+
+
+def _solve(target_RO, lower_RR, loading_R, static, shape: _Shape, grid: Grid):
     """Integers [R, out], and each chunk's scales and zero-points [chunks, out].
 
     Args:
         target_RO: rows in the order of rounding.
         lower_RR: A / diag(A), strictly lower, in that order; zero for padding.
         loading_R: diag(A)²; zero for padding.
-        static: (scales [groups, out], zeros [groups, out], group of each row [R]), or None: each chunk finds its own.
-        chunk: rows of a chunk.
-        step: rows of a block.
+        static: (scales [groups, out], zeros [groups, out], group of each row [R]), or None.
+        shape: see `_Shape`.
         grid: what grids may be.
-        behind: 0, or rows of a block (whole chunks) whose own errors its chunks' grids do not see.
     """
+    chunk, step, behind = shape.chunk, shape.step, shape.behind
     R, out_features = target_RO.shape
     chunks = R // chunk
 

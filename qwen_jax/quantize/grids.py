@@ -1,9 +1,7 @@
 """The grid of a group: scale and zero-point from the weights' extremes, or by the squared error they make."""
 
 import dataclasses
-import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -71,7 +69,6 @@ def find_grid(weight_RO, loading_R, grid: Grid):
     return scale_O, zero_O
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "group_size", "grid"))
 def static_grids(target_IO, loading_I, groups: int, group_size: int, grid: Grid):
     """Scales and zero-points [groups, out] from the weights before any is rounded."""
     missing = groups * group_size - len(target_IO)

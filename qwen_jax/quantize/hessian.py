@@ -48,18 +48,14 @@ class Moments:
 
     def hessian(self, device: jax.Device | None = None):
         """float32 [in, in], on one device."""
-        return _mirrored(jax.device_put(self._square, device)) / max(self.tokens, 1)
+        return _mirrored(jax.device_put(self._square, device), max(self.tokens, 1))
 
     def cross(self, weight_IO, device: jax.Device | None = None):
         """Mean of x · (missing_x · W + missing_y)ᵀ, float32 [in, out], on one device; None if nothing was missing."""
-        total_IO = None
-        if self._inputs is not None:
-            inputs_II = jax.device_put(self._inputs, device)
-            total_IO = jnp.dot(inputs_II, jnp.asarray(weight_IO, jnp.float32), precision=PRECISION)
-        if self._outputs is not None:
-            outputs_IO = jax.device_put(self._outputs, device)
-            total_IO = outputs_IO if total_IO is None else total_IO + outputs_IO
-        return None if total_IO is None else total_IO / max(self.tokens, 1)
+        if self._inputs is None and self._outputs is None:
+            return None
+        inputs_II, outputs_IO = jax.device_put((self._inputs, self._outputs), device)
+        return _cross(inputs_II, outputs_IO, jnp.asarray(weight_IO, jnp.float32), max(self.tokens, 1))
 
 
 def _cuts(in_features: int) -> list[int]:
@@ -97,6 +93,14 @@ def _add_product(total_IO, x_BTI, y_BTO, mask_BT):
 
 
 @jax.jit
-def _mirrored(total_II):
-    upper_II = jnp.triu(total_II)
+def _mirrored(total_II, tokens):
+    upper_II = jnp.triu(total_II) / tokens
     return upper_II + jnp.triu(upper_II, 1).T
+
+
+@jax.jit
+def _cross(inputs_II, outputs_IO, weight_IO, tokens):
+    total_IO = jnp.zeros(()) if outputs_IO is None else outputs_IO
+    if inputs_II is not None:
+        total_IO = total_IO + jnp.dot(inputs_II, weight_IO, precision=PRECISION)
+    return total_IO / tokens

@@ -49,6 +49,8 @@ class Layer:
         projections: by our path within the layer ("attention.query", …, "mlp.down"; Qwen v1: "attention.qkv").
     """
 
+    cache_axis: str | None = None  # there is no cache
+
     def __init__(self, config: ModelConfig, number: int, projections: dict[str, Projection], norms: dict, dtype: str):
         # Every layer is built as layer 0 of a model of one, so that alike layers share compiled programs.
         sliding = (config.sliding_layers[number],)
