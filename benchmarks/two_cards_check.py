@@ -3,8 +3,8 @@
     timeout 200 python benchmarks/two_cards_check.py
 
 Each form decodes the tokens of the reference (one card, a kernel at a time); shown are the relative error of logits
-‖e‖ / ‖ref‖ and how often the greedy token is another. Then the one launch over two cards runs thousands of times, twice:
-the same bits. The caller ends what hangs.
+‖e‖ / ‖ref‖ and how often the greedy token is another. Then the one launch over two cards runs thousands of times, twice
+and must give the same bits. The caller ends what hangs.
 """
 
 import concurrent.futures

@@ -30,8 +30,9 @@ class OneDevice(AbstractWeights):
         return Linear(super().linear(path, layers, axes).weight, axes=axes, kernels=self.kernels)
 
     def _table(self, bits: int):
-        table = super()._table(bits)
-        return Linear(table.weight, axes=table.axes, kernels=self.kernels)
+        axes, storage = ("hidden", "vocabulary"), dataclasses.replace(self.storage, bits=bits)
+        weight = self._matrix(self.config.hidden_size, self.config.vocab_size, 64, axes, 0, storage)
+        return Linear(weight, axes=axes, kernels=self.kernels)
 
     def _array(self, shape, dtype, names):
         whole = super()._array(shape, dtype, names)
