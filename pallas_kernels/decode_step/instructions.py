@@ -4,7 +4,7 @@ Emitted inside `plgpu.inline_mgpu`; pointers are LLVM pointers. `tests` hold a N
 """
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 
 from pallas_kernels.kv_attention import warp as w
 
@@ -117,8 +117,13 @@ def fence_copies():
 
 
 def meet(name: int, threads: int):
-    """Named barrier of some warps of the block."""
-    w.asm(f"bar.sync {name}, {threads};", [])
+    """Named barrier of some whole warps of the block.
+
+    Their lanes come together first, for the barrier counts a warp whose lanes arrive apart more than once; and no
+    inline PTX (see `warp.warp_barrier`).
+    """
+    w.warp_barrier()
+    nvvm.barrier(barrier_id=w.i32(name), number_of_threads=w.i32(threads))
 
 
 # -- the grid -----------------------------------------------------------------------------------------------------

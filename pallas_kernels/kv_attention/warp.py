@@ -5,7 +5,7 @@ Values are MLIR values of one thread: i32 words (often two packed halves), i32 i
 
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf
 
 SHARED, GLOBAL = 3, 1
 
@@ -272,8 +272,12 @@ def any_lane(condition):
 
 
 def warp_barrier():
-    """All lanes of the warp meet; their memory accesses are ordered."""
-    asm("bar.warp.sync 0xffffffff;", [])
+    """All lanes of the warp meet; their memory accesses are ordered.
+
+    An operation that LLVM knows as convergent: it may copy inline PTX into both sides of a branch, where lanes that
+    took different sides would meet apart.
+    """
+    nvvm.bar_warp_sync(i32(0xFFFFFFFF))
 
 
 def warpgroup_barrier():
