@@ -13,12 +13,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
 from qwen_jax.bench.environment import environment
 from qwen_jax.quantize import QuantizeSettings, quantize
+from qwen_jax.quantize.gptq import quantize_matrix
+from qwen_jax.quantize.hessian import Moments
+from qwen_jax.quantize.pipeline import calibration_dtype
+from qwen_jax.quantize.streams import BATCH_TOKENS
 
 VOCABULARY = 1024
 WHOLE = 32  # layers of the whole model
@@ -68,6 +74,45 @@ def write_checkpoint(folder: Path, layers: int, hidden: int, inner: int, heads: 
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def parts(settings: QuantizeSettings, hidden: int, inner: int, tokens: int) -> dict[str, dict[str, float]]:
+    """Seconds of each piece of a layer, the second of two runs; moments: of all calibration tokens."""
+    found, matrix = {}, settings.matrix("model.layers.0.mlp.down_proj", settings.parsed())
+    assert matrix is not None
+    dtype = jnp.dtype(calibration_dtype(jax.devices()[0]))
+    for name, in_features, out_features, inputs_missing in (
+        ("query, key, value", hidden, 3 * hidden, True),
+        ("output", hidden, hidden, False),
+        ("gate, up", hidden, 2 * inner, True),
+        ("down", inner, hidden, False),
+    ):
+        keys = jax.random.split(jax.random.key(0), 4)
+        weight_IO = jax.random.normal(keys[0], (in_features, out_features)) / np.sqrt(in_features)
+        x_BTI = jax.random.normal(keys[1], (2, BATCH_TOKENS // 2, in_features), dtype)
+        missing = jax.random.normal(keys[2], x_BTI.shape, dtype) if inputs_missing else None
+        missing_y = None if inputs_missing else jax.random.normal(keys[3], (*x_BTI.shape[:2], out_features))
+        mask_BT, count = jnp.ones(x_BTI.shape[:2]), 4
+        for _ in range(2):
+            jax.block_until_ready((weight_IO, x_BTI, missing, missing_y))
+            times, moments = [time.perf_counter()], Moments(in_features)
+            for _ in range(count):
+                moments.add(x_BTI, mask_BT, missing, missing_y)
+            jax.block_until_ready((moments.hessian(), moments.cross(weight_IO)))
+            times.append(time.perf_counter())
+            # Few batches leave H singular; a real one is not.
+            hessian_II = moments.hessian() + jnp.eye(in_features)
+            cross_IO = 0.01 * weight_IO
+            for cross in (None, cross_IO):
+                jax.block_until_ready(quantize_matrix(weight_IO, hessian_II, matrix, cross_IO=cross).weight_IO)
+                times.append(time.perf_counter())
+        moment_seconds, plain, moved = np.diff(times)
+        found[name] = {
+            "moments": moment_seconds * tokens / (count * BATCH_TOKENS),
+            "solve": plain,
+            "solve_with_propagation": moved,
+        }
+    return found
+
+
 def main() -> None:
     """Measures one setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,6 +121,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sizes", type=int, nargs=3, default=(4096, 11008, 32), help="hidden, inner, heads")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="a field of QuantizeSettings")
+    parser.add_argument("--parts", action="store_true", help="time the pieces of a layer by themselves, too")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     settings = {name: json.loads(value) for name, _, value in (s.partition("=") for s in arguments.set)}
@@ -104,6 +150,11 @@ def main() -> None:
         "seconds_modules": {b[0]: round(b[1] - a[1], 3) for a, b in zip(last, last[1:], strict=False)},
         "minutes_of_32_layers": seconds * WHOLE / 60,
     }
+    statistics = jax.devices()[0].memory_stats() or {}
+    result["peak_device_bytes"] = statistics.get("peak_bytes_in_use")
+    if arguments.parts:
+        tokens = arguments.rows * arguments.length
+        result["parts"] = parts(QuantizeSettings(**settings), *arguments.sizes[:2], tokens)
     print(json.dumps(result))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
