@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 16, 64, 256, 2048])
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", action="store_true", help="its cache holds the kernels: compile none first")
     parser.add_argument("--patience", type=float, default=150, help="seconds that compiling may take")
     arguments = parser.parse_args()
     environment = dict(os.environ)
@@ -99,7 +100,8 @@ def main() -> None:
 
     rows = [str(count) for count in arguments.rows]
     command = [sys.executable, __file__, "--compile-only", "--rows", *rows, "--shapes"]
-    workers = [subprocess.Popen([*command, shape], env=environment) for shape in arguments.shapes]
+    shapes = [] if arguments.compiled else arguments.shapes
+    workers = [subprocess.Popen([*command, shape], env=environment) for shape in shapes]
     for worker in workers:
         try:
             worker.wait(arguments.patience)

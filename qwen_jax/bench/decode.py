@@ -26,6 +26,7 @@ from qwen_jax.sharded_weights import ShardedWeights
 from qwen_jax.sharding import DATA, SEQUENCE, mesh_name
 
 EACH, ONE = "a kernel at a time", "one launch"
+RULES = Rules(np.asarray([-1], np.int32), np.int32(0))  # nothing stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,30 +105,26 @@ def measure(
     rounds: int = 8,
     mesh: jax.sharding.Mesh | None = None,
 ) -> DecodeResult:
-    """Decodes `steps` greedy tokens a dispatch, `rounds` times after a warm-up, all from about the same context."""
+    """Decodes `steps` greedy tokens a dispatch, `rounds` times after a warm-up, all from about the same context.
+
+    Dispatches follow each other as in `Programs.stream`: the next is given before the last one's tokens are read.
+    """
     programs = programs_of(decoder, mesh)
-    room = bucket(context + steps * (rounds + 2), 128)
-    cache = programs.empty_cache(batch, room, decoder.dtype, kv_bits == 8)
-    place = programs._rows if isinstance(programs, ShardedPrograms) else jnp.asarray
-    slots = cache.lengths_B.shape[0]
-    lengths_B = place(np.full(slots, context - steps, np.int32))
-    cache = dataclasses.replace(cache, lengths_B=lengths_B, kv=_noise(cache.kv, mesh))
-    sampler, filters = device_sampler(SamplingConfig(), np.zeros(slots))
+    room = _room(context, steps, rounds)
+    sampler, filters, loop = _start(programs, decoder, kv_bits, batch, room, context - steps, mesh)
     sampler, _ = programs._place(sampler, None)
-    rules = Rules(np.asarray([-1], np.int32), np.int32(0))
-    token_B, done_B, count_B, nonfinite_B = (
-        place(np.full(slots, value)) for value in (np.int32(1), False, np.int32(0), np.int32(-1))
-    )
-    loop = Loop(cache, token_B, done_B, count_B, None, nonfinite_B)
     run = dict(filters=filters, logprobs=False, steps=steps, active_length=room)
-    seconds = []
-    for _ in range(rounds + 2):
-        jax.block_until_ready(loop)
-        start = time.perf_counter()
-        loop, _ = programs._chunk(programs._leaves, sampler, rules, loop=loop, **run)
-        jax.block_until_ready(loop)
-        seconds.append((time.perf_counter() - start) / steps)
-    seconds = seconds[2:]
+    loop, waiting = programs._chunk(programs._leaves, sampler, RULES, loop=loop, **run)  # compiles
+    jax.block_until_ready(loop)
+    ends = []
+    for _ in range(rounds + 1):
+        loop, out = programs._chunk(programs._leaves, sampler, RULES, loop=loop, **run)
+        jax.block_until_ready(waiting)
+        ends.append(time.perf_counter())
+        waiting = out
+    jax.block_until_ready(waiting)
+    ends.append(time.perf_counter())
+    seconds = list(np.diff(ends)[1:] / steps)
     step = statistics.median(seconds)
     size = step_bytes(decoder, kv_bits, batch, context, mesh)
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -147,6 +144,34 @@ def measure(
         mesh_name(mesh),
         form_of(decoder, loop.cache.kv),
     )
+
+
+def compile_ahead(
+    decoder: Decoder, *, kv_bits: int, batch: int, context: int, steps: int = 32, rounds: int = 8
+) -> None:
+    """Compiles what `measure` runs on one device into JAX's persistent cache; `decoder` may be of shapes alone."""
+    programs, room = Programs(decoder), _room(context, steps, rounds)
+    loop = jax.eval_shape(lambda: _start(programs, decoder, kv_bits, batch, room, context - steps, None)[2])
+    sampler, filters = device_sampler(SamplingConfig(), np.zeros(batch))
+    run = dict(filters=filters, logprobs=False, steps=steps, active_length=room)
+    programs._chunk.func.lower(*programs._chunk.args, programs._leaves, sampler, RULES, loop=loop, **run).compile()
+
+
+def _room(context: int, steps: int, rounds: int) -> int:
+    return bucket(context + steps * (rounds + 2), 128)
+
+
+def _start(programs: Programs, decoder: Decoder, kv_bits: int, batch: int, room: int, length: int, mesh):
+    """(sampler, filters, loop) with a random cache of `room` tokens a row, `length` of them valid."""
+    cache = programs.empty_cache(batch, room, decoder.dtype, kv_bits == 8)
+    place = programs._rows if isinstance(programs, ShardedPrograms) else jnp.asarray
+    slots = cache.lengths_B.shape[0]
+    cache = dataclasses.replace(cache, lengths_B=place(np.full(slots, length, np.int32)), kv=_noise(cache.kv, mesh))
+    sampler, filters = device_sampler(SamplingConfig(), np.zeros(slots))
+    token_B, done_B, count_B, nonfinite_B = (
+        place(np.full(slots, value)) for value in (np.int32(1), False, np.int32(0), np.int32(-1))
+    )
+    return sampler, filters, Loop(cache, token_B, done_B, count_B, None, nonfinite_B)
 
 
 def form_of(decoder: Decoder, kv) -> str:

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.bench import decode, processes
-from qwen_jax.generation import CHUNK, Loop, Programs, Rules, bucket
+from qwen_jax.generation import CHUNK, Loop, Programs, bucket
 from qwen_jax.kv_cache import CacheState
+from qwen_jax.model import Decoder
 from qwen_jax.sampling import SamplingConfig, device_sampler
 
 NEW_TOKENS = 32
@@ -74,8 +75,16 @@ def measure(
     return json.loads(lines[-1])
 
 
-def counted(job: Mapping[str, Any], count: Callable[[], Mapping | None] | None = None) -> dict[str, Any]:
-    """Generates in this process; `count`: the device's counters, by default those of JAX's first device."""
+def counted(
+    job: Mapping[str, Any], count: Callable[[], Mapping | None] | None = None, decoder: Decoder | None = None
+) -> dict[str, Any]:
+    """Generates in this process.
+
+    Args:
+        job: as `measure` makes it.
+        count: the device's counters, by default those of JAX's first device.
+        decoder: made from the job in this process, before anything larger was; None to make it here.
+    """
     count = jax.local_devices()[0].memory_stats if count is None else count
 
     def highest() -> int:
@@ -83,7 +92,7 @@ def counted(job: Mapping[str, Any], count: Callable[[], Mapping | None] | None =
         assert counters is not None  # asked before the process was started
         return counters["peak_bytes_in_use"]
 
-    decoder = _build(job)
+    decoder = build(job) if decoder is None else decoder
     jax.block_until_ready(jax.tree.leaves(decoder))
     making = highest()
     batch, prompt, width, room = _sizes(job)
@@ -102,7 +111,7 @@ def counted(job: Mapping[str, Any], count: Callable[[], Mapping | None] | None =
 
 def compiled(job: Mapping[str, Any]) -> dict[str, Any]:
     """What the compiler says of prefill and of a chunk of decode steps, from shapes alone."""
-    decoder = jax.eval_shape(lambda: _build(job))
+    decoder = jax.eval_shape(lambda: build(job))
     batch, _, width, room = _sizes(job)
     programs = Programs(decoder)
     make = functools.partial(CacheState.empty, decoder.config, batch, room, decoder.dtype, job["kv_bits"] == 8)
@@ -110,14 +119,13 @@ def compiled(job: Mapping[str, Any]) -> dict[str, Any]:
     numbers_B, ids_BT = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch,), (batch, width)))
     facts = _named(job) | {"layers": decoder.config.num_layers, **_parts(decoder, cache)}
     sampler, filters = device_sampler(SamplingConfig(), np.zeros(batch))
-    rules = Rules(np.asarray([-1], np.int32), np.int32(0))
     alpha_B = jax.ShapeDtypeStruct((batch,), jnp.float32) if decoder.config.use_dynamic_ntk else None
     full = dataclasses.replace(cache, ntk_alpha_B=alpha_B)  # as prefill leaves it
     loop = Loop(full, numbers_B, jax.ShapeDtypeStruct((batch,), bool), numbers_B, None, numbers_B)
     run = dict(filters=filters, logprobs=False, steps=CHUNK, active_length=room)
     lowered = (
         programs._prefill.func.lower(*programs._prefill.args, programs._leaves, ids_BT, numbers_B, cache=cache),
-        programs._chunk.func.lower(*programs._chunk.args, programs._leaves, sampler, rules, loop=loop, **run),
+        programs._chunk.func.lower(*programs._chunk.args, programs._leaves, sampler, decode.RULES, loop=loop, **run),
     )
     peak = 0
     for program in lowered:
@@ -134,7 +142,8 @@ def _named(job: Mapping[str, Any]) -> dict[str, Any]:
     return {key: job[key] for key in ("model", "bits", "kv_bits", "batch", "context", "dtype")}
 
 
-def _build(job: Mapping[str, Any]):
+def build(job: Mapping[str, Any]) -> Decoder:
+    """The model of a job."""
     return decode.build(job["model"], **{key: job[key] for key in ("bits", "dtype", "kernels", "layers", "one_launch")})
 
 

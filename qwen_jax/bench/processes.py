@@ -7,6 +7,7 @@ function `main` in a fresh interpreter: it gets jobs as JSON, prints one JSON li
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -24,27 +25,38 @@ type Worker = Callable[[Sequence[Record], "Turn"], Iterator[Record]]
 
 
 class Turn:
-    """`with turn:` waits until every worker is ready (at most `patience` seconds), then for the device."""
+    """`with turn:` waits until every worker is ready (at most `patience` seconds), then for the device.
+
+    Whoever runs several benchmarks side by side names a folder in QWEN_JAX_BENCH_TURNS: they then share the device's
+    lock there, and wait for a file `open` in it, however long that takes.
+    """
 
     def __init__(self, folder: str | None = None, workers: int = 1, patience: float = 0.0):
         self.folder, self.workers, self.patience = folder, workers, patience
         self._lock: Any = None
 
     def __enter__(self) -> None:
-        if self.folder is None:
-            return
-        ready = pathlib.Path(self.folder) / "ready"
-        ready.mkdir(exist_ok=True)
-        (ready / str(os.getpid())).touch()
         deadline = time.monotonic() + self.patience
-        while len(list(ready.iterdir())) < self.workers and time.monotonic() < deadline:
-            time.sleep(0.1)
-        self._lock = open(ready.parent / "device.lock", "w")  # noqa: SIM115
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        shared = os.environ.get("QWEN_JAX_BENCH_TURNS")
+        if self.folder is not None:
+            ready = pathlib.Path(self.folder) / "ready"
+            ready.mkdir(exist_ok=True)
+            (ready / str(os.getpid())).touch()
+            _wait(lambda: len(list(ready.iterdir())) >= self.workers, deadline)
+        if shared is not None:
+            _wait((pathlib.Path(shared) / "open").exists, math.inf)
+        if (folder := shared or self.folder) is not None:
+            self._lock = open(pathlib.Path(folder) / "device.lock", "w")  # noqa: SIM115
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def __exit__(self, *_) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def _wait(done: Callable[[], bool], deadline: float) -> None:
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def environment() -> dict[str, str]:
@@ -72,7 +84,7 @@ def run(module: str, worker: Worker, jobs: Sequence[Record], patience: float = 1
     leave_memory()
     if len(jobs) == 1 or jax.default_backend() == "cpu":
         return list(worker(jobs, Turn()))
-    count = min(len(jobs), max(1, (os.cpu_count() or 1) - 2))
+    count = min(len(jobs), max(1, (os.cpu_count() or 1) // 2))
     shares = [list(jobs[number::count]) for number in range(count)]
     records = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

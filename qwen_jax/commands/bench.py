@@ -122,7 +122,7 @@ def memory(
     check_values("bits", bits, [4, 8, 16])
     check_values("kv-bits", kv_bits, [8, 16])
     processes.leave_memory()
-    options = dict(layers=layers, dtype=resolve(dtype), kernels=kernels, one_launch=one_launch)
+    options: dict[str, Any] = dict(layers=layers, dtype=resolve(dtype), kernels=kernels, one_launch=one_launch)
     cases = [
         (name, dict(bits=weight_bits, kv_bits=cache_bits, batch=rows, context=length))
         for name in model
