@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.block_sums import compiler_options
 from pallas_kernels.chip import default_chip
 from pallas_kernels.kv_attention import KVArrays
+from pallas_kernels.tpu import keeps_float16_as_bits
 from qwen_jax import distributed, generation
 from qwen_jax.generation import Chunk, Loop, Programs
 from qwen_jax.kv_cache import CacheState
@@ -51,30 +53,43 @@ class ShardedPrograms(Programs):
         self._cache_specs = CacheState(kv, ROWS, ROWS)
         self._loop_specs = Loop(self._cache_specs, ROWS, ROWS, ROWS, self._logits, ROWS)
         self._empties: dict[tuple, Callable[[], CacheState]] = {}
+        self.cache_formats = self._formats()
+        loop = Loop(self.cache_formats, None, None, None, None, None)
         jit = functools.partial(jax.jit, compiler_options=compiler_options(default_chip()))
+        step = functools.partial(jit, donate_argnames="cache", out_shardings=(None, self.cache_formats))
+        chunk = functools.partial(jit, out_shardings=(loop, None))
         choices = ("filters", "logprobs")
         self._score = jit(self._run_score)
-        self._prefill = jit(self._run_prefill, donate_argnames="cache")
-        self._decode = jit(self._run_decode, donate_argnames="cache", static_argnames="active_length")
-        self._first = jit(self._run_first, donate_argnames="cache", static_argnames=choices)
-        self._chunk = jit(self._run_chunk, donate_argnames="loop", static_argnames=(*choices, "steps", "active_length"))
+        self._prefill = step(self._run_prefill)
+        self._decode = step(self._run_decode, static_argnames="active_length")
+        self._first = chunk(self._run_first, donate_argnames="cache", static_argnames=choices)
+        choices += ("steps", "active_length")
+        self._chunk = chunk(self._run_chunk, donate_argnames="loop", static_argnames=choices)
         self._whole = jax.jit(self._run_whole, static_argnames="rows")
+
+    def _formats(self) -> CacheState:
+        """Where the cache lies and, of its scales on TPUs, the order of dimensions in memory: the kernels'.
+
+        Left to itself XLA keeps a key/value head a chip, or five, with another dimension in its place, because tiles of
+        eight rows then stay full, and copies all scales whenever a program begins and ends.
+        """
+
+        mesh, kv = self.placement.mesh, self._cache_specs.kv
+        data, scales, rows = (NamedSharding(mesh, axes) for axes in (kv.keys, kv.key_scales, ROWS))
+        if keeps_float16_as_bits(default_chip()):
+            scales = Format(Layout(tuple(range(len(KV_AXES) - 1))), scales)
+        return CacheState(KVArrays(data, data, scales, scales, scales, scales), rows, rows)
 
     # -- for callers: rows are the user's ------------------------------------------------------------------------------
 
     def empty_cache(self, slots: int, length: int, dtype: str, quantized: bool) -> CacheState:
         """As `Programs.empty_cache`, with slots for padded rows and copies of heads; made in place on each device."""
         slots += -slots % self.placement.data
-        key = (slots, self._room(length), dtype, quantized)
+        key = (slots, self.room(length), dtype, quantized)
         if key not in self._empties:
             whole = {name: getattr(self.config, name) * self.placement.model for name in ("num_heads", "num_kv_heads")}
             make = functools.partial(CacheState.empty, dataclasses.replace(self.config, **whole), *key)
-            shardings = jax.tree.map(
-                lambda axes, part: None if part is None else NamedSharding(self.placement.mesh, axes),
-                self._cache_specs,
-                jax.eval_shape(make),
-            )
-            self._empties[key] = jax.jit(make, out_shardings=shardings)
+            self._empties[key] = jax.jit(make, out_shardings=self.cache_formats)
         return self._empties[key]()
 
     def score(self, ids_BT, lengths_B):
@@ -109,7 +124,7 @@ class ShardedPrograms(Programs):
             kept: dict[str, Any] = {name: None if part is None else part[:rows] for name, part in parts.items()}
             yield Chunk(**kept)
 
-    def _room(self, length: int) -> int:
+    def room(self, length: int) -> int:
         """A length of the cache of which every device of "sequence" holds as much, in whole tiles of the kernels."""
         if self.placement.sequence == 1:
             return length

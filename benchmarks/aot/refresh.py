@@ -27,12 +27,21 @@ NAMES = ("qwen-1.8b", "qwen-7b", "qwen-14b", "qwen-72b", "qwen2.5-7b", "qwen3-8b
 TOPOLOGIES = {"v5e": ("v5e:1x1", "v5e:2x4"), "v5p": ("v5p:1x1x1", "v5p:2x2x1"), "v6e": ("v6e:1x1", "v6e:2x2")}
 PREFILLED = ("qwen-7b", "qwen-72b", "qwen2.5-7b")  # whose prefill is compiled, too
 BATCH, CONTEXT, PROMPT = 8, 2048, 512
+LONG = (("v5e:2x4", "qwen2.5-7b", (1, 4, 2), 1, 131072), ("v6e:2x2", "qwen2.5-7b", (1, 2, 2), 8, 32768))
 KERNEL_KEYS = ("chip", "model", "kernel", "rows", "bits")
 
 
 def main(names: tuple[str, ...], table: dict) -> None:
     """Fills the table line by line, so that an interrupted run leaves what it has; lines that are there are kept."""
     programs = {(line["model"], line["topology"], line["prompt"]) for line in table["programs"]}
+    long = {(line["model"], line["mesh"]) for line in table.setdefault("long", [])}
+    for text, name, sizes, batch, context in LONG:
+        topology, settings = chips.parse(text), {"batch": batch, "context": context, "kv_bits": 8}
+        found = plan.estimate(MODELS[name], Storage(), topology, *sizes[:2], sequence=sizes[2], **settings)
+        if name in names and (name, found.mesh) not in long:
+            line = _program(name, topology, found, None, settings)
+            table["long"].append(line | {"batch": batch, "context": context})
+            write(table)
     compiled = {tuple(line[key] for key in KERNEL_KEYS) for line in table["kernels"]}
     for chip, topologies in TOPOLOGIES.items():
         for name in names:
@@ -40,7 +49,7 @@ def main(names: tuple[str, ...], table: dict) -> None:
             settings = {"batch": BATCH, "context": CONTEXT, "kv_bits": 8}
             for text in topologies:
                 topology = chips.parse(text)
-                best = plan.plans(config, Storage(), topology, **settings)[0]
+                best = next(p for p in plan.plans(config, Storage(), topology, **settings) if p.sequence == 1)
                 for prompt in (None, PROMPT) if name in PREFILLED else (None,):
                     if best.fits and (name, text, prompt) not in programs:
                         table["programs"].append(_program(name, topology, best, prompt, settings))
@@ -60,9 +69,9 @@ def main(names: tuple[str, ...], table: dict) -> None:
 
 
 def _program(name: str, topology: chips.Topology, best: plan.Plan, prompt: int | None, settings: dict) -> dict:
-    mesh = aot.mesh_of(topology, best.data, best.model)
+    mesh = aot.mesh_of(topology, best.data, best.model, best.sequence)
     compiled = aot.compile_step(MODELS[name], Storage(), mesh, topology.chip.kind, prompt=prompt, **settings)
-    line = {"model": name, "topology": str(topology), "mesh": f"{best.data}x{best.model}", "prompt": prompt}
+    line = {"model": name, "topology": str(topology), "mesh": best.mesh, "prompt": prompt}
     line |= dataclasses.asdict(compiled) | {"tokens_per_second_at_best": best.tokens_per_second}
     return line | {"fits": aot.fits(compiled, topology)}
 
@@ -78,6 +87,12 @@ def begun() -> dict:
     path = RESULTS / "aot.json"
     table = json.loads(path.read_text()) if path.exists() else empty()
     return table if table["versions"] == empty()["versions"] else empty()
+
+
+def _cells(cells: list[str], line: dict) -> str:
+    copied = sum(size for _, size in line["copies"])
+    copies = f"{copied / 1e6:.0f} MB" if copied else "none"
+    return f"| {' | '.join([*cells, copies, 'yes' if line['fits'] else 'no'])} |"
 
 
 def write(table: dict) -> None:
@@ -97,10 +112,18 @@ def write(table: dict) -> None:
     for line in sorted(table["programs"], key=lambda line: (order[line["topology"]] // 2, NAMES.index(line["model"]))):
         sizes = (f"{line[key] / 1e9:.2f}" for key in ("weights", "cache", "arguments", "temporaries"))
         program = f"prefill, {line['prompt']} tokens a row" if line["prompt"] else "decode"
-        copied = sum(size for _, size in line["copies"])
-        cells = [line["model"], line["topology"], line["mesh"], program, *sizes]
-        cells += [f"{copied / 1e6:.0f} MB" if copied else "none", "yes" if line["fits"] else "no"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(_cells([line["model"], line["topology"], line["mesh"], program, *sizes], line))
+    lines += [
+        "",
+        "Long caches, split along their length over the third axis of the mesh; a step of decode.",
+        "",
+        "| model | chips | mesh | rows | tokens a row | weights | cache | arguments | temporaries | copies | fits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in table["long"]:
+        sizes = (f"{line[key] / 1e9:.2f}" for key in ("weights", "cache", "arguments", "temporaries"))
+        what = [line["model"], line["topology"], line["mesh"], str(line["batch"]), str(line["context"])]
+        lines.append(_cells([*what, *sizes], line))
     compiled = table["kernels"]
     worst = max((line["temporaries"] for line in compiled if line["rows"] <= 64), default=0)
     copying = [line for line in compiled if line["copies"]]

@@ -218,5 +218,5 @@ def _noise(kv, mesh=None):
         if mesh is not None:  # every device its own share, all of them alike
             axes = leaf.sharding.spec
             one = jax.shard_map(one, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)
-        noisy.append(jax.jit(one, donate_argnums=0)(leaf))
+        noisy.append(jax.jit(one, donate_argnums=0, out_shardings=leaf.format)(leaf))
     return jax.tree.unflatten(structure, noisy)

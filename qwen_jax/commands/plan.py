@@ -30,7 +30,9 @@ def run(
         int | None, typer.Option(help="Of the weights: 4, 8 or 16; default: the checkpoint's, or 4.")
     ] = None,
     head_bits: Annotated[int, typer.Option(help="Of the output head: 16, or 8 when rounded.")] = 16,
-    mesh: Annotated[str | None, typer.Option(help="data x model, as 1x8; default: the best.", metavar="DxM")] = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="rows x layers (x length), as 1x8; default: the best.", metavar="DxM[xS]")
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Compile prefill of so many tokens a row, too; 0: not.", min=0)] = 0,
     compile: Annotated[bool, typer.Option(help="TPUs: compile the programs and count their memory.")] = True,  # noqa: A002
     json: Json = False,
@@ -52,9 +54,11 @@ def run(
     found = plans(config, storage, chips, batch=batch, context=context, kv_bits=kv_bits)
     best = found[0]
     if mesh is not None:
-        best = next((plan for plan in found if f"{plan.data}x{plan.model}" == mesh.lower()), None)
+        wanted = mesh.lower()
+        wanted = wanted.removesuffix("x1") if wanted.count("x") == 2 else wanted
+        best = next((plan for plan in found if plan.mesh == wanted), None)
         if best is None:
-            names = [f"{plan.data}x{plan.model}" for plan in found]
+            names = [plan.mesh for plan in found]
             raise ValueError(f"mesh={mesh!r} is none of {names}, the meshes of {chips} for {batch} rows.")
     facts: dict[str, Any] = {
         "model": model,
@@ -63,8 +67,8 @@ def run(
         "batch": batch,
         "context": context,
         "kv_bits": kv_bits,
-        "best": dataclasses.asdict(best),
-        "meshes": [dataclasses.asdict(plan) for plan in found],
+        "best": dataclasses.asdict(best) | {"mesh": best.mesh},
+        "meshes": [dataclasses.asdict(plan) | {"mesh": plan.mesh} for plan in found],
     }
     programs: dict[str, Any] = {}
     facts["programs"] = programs
@@ -81,7 +85,7 @@ def run(
                 compiled = aot.compile_step(
                     config,
                     storage,
-                    aot.mesh_of(chips, best.data, best.model),
+                    aot.mesh_of(chips, best.data, best.model, best.sequence),
                     chips.chip.kind,
                     batch=batch,
                     context=context,
@@ -130,7 +134,7 @@ def _print(facts: dict[str, Any]) -> None:
     for plan in facts["meshes"]:
         chosen = "→ " if plan == facts["best"] else "  "
         table.add_row(
-            f"{chosen}{plan['data']}x{plan['model']}",
+            chosen + plan["mesh"],
             *(f"{plan[name] / 1e9:.2f}" for name in ("weights", "cache", "memory")),
             "yes" if plan["fits"] else "no",
             *(f"{plan[f'{name}_seconds'] * 1e3:.2f}" for name in ("read", "compute", "reduce")),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from pallas_kernels.chip import compiling_for
 from qwen_jax.config import ModelConfig
@@ -21,7 +21,7 @@ from qwen_jax.model import Decoder
 from qwen_jax.plan.abstract import AbstractWeights, Storage, bytes_of_a_device
 from qwen_jax.plan.chips import RESERVED, Topology
 from qwen_jax.sharded_programs import ShardedPrograms
-from qwen_jax.sharding import DATA, MODEL
+from qwen_jax.sharding import DATA, MODEL, SEQUENCE
 
 COPY_BYTES = 1 << 20  # smaller copies are activations
 
@@ -94,9 +94,10 @@ def devices(topology: Topology) -> list:
     return list(found)[: topology.chips]
 
 
-def mesh_of(topology: Topology, data: int, model: int) -> Mesh:
-    """A mesh (data, model) of a TPU topology's devices."""
-    return Mesh(np.array(devices(topology)).reshape(data, model), (DATA, MODEL))
+def mesh_of(topology: Topology, data: int, model: int, sequence: int = 1) -> Mesh:
+    """A mesh of a TPU topology's devices: data, model and, where it is not 1, sequence."""
+    shape = (data, model, sequence)[: 2 + (sequence > 1)]
+    return Mesh(np.array(devices(topology)).reshape(shape), (DATA, MODEL, SEQUENCE)[: len(shape)])
 
 
 @contextlib.contextmanager
@@ -115,14 +116,12 @@ def abstract_cache(program: ShardedPrograms, batch: int, length: int, dtype: str
     slots = batch + -batch % program.placement.data
     heads = {name: getattr(program.config, name) * program.placement.model for name in ("num_heads", "num_kv_heads")}
     config = dataclasses.replace(program.config, **heads)
-    shapes = jax.eval_shape(lambda: CacheState.empty(config, slots, length, dtype, quantized))
+    shapes = jax.eval_shape(lambda: CacheState.empty(config, slots, program.room(length), dtype, quantized))
     return jax.tree.map(
-        lambda axes, part: part and _placed(part, program.placement.mesh, axes), program._cache_specs, shapes
+        lambda where, part: part and ShapeDtypeStruct(part.shape, part.dtype, sharding=where),
+        program.cache_formats,
+        shapes,
     )
-
-
-def _placed(leaf, mesh: Mesh, axes) -> ShapeDtypeStruct:
-    return ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, axes))
 
 
 def compile_step(

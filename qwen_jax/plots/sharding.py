@@ -15,7 +15,10 @@ def meshes(plans: Sequence[Plan], title: str) -> Figure:
         plans: of `qwen_jax.plan.plan.plans`, at least one.
         title: model, chips and batch.
     """
-    names = [f"data {plan.data} × model {plan.model}" for plan in plans]
+    names = [
+        f"data {plan.data} × model {plan.model}" + (f" × sequence {plan.sequence}" if plan.sequence > 1 else "")
+        for plan in plans
+    ]
     places = range(len(plans))
     with figure(2, height=0.55 * len(plans) + 1.9) as (drawing, (memory, speed)):
         weights, cache = ([getattr(plan, part) / 1e9 for plan in plans] for part in ("weights", "cache"))

@@ -1,5 +1,8 @@
 """Kernels and whole programs compiled for TPUs that are not here. `benchmarks/aot/refresh.py` compiles them all."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +63,24 @@ def test_72b_on_eight_chips():
     assert step.arguments == pytest.approx(step.weights + step.cache, rel=0.01)
     # Two in the loop over the layers, one for the embedding; the logits stay where they are.
     assert (step.all_reduces, step.all_gathers) == (3, 0)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sizes"), [("qwen-14b", (1, 8)), ("qwen3-8b", (1, 8)), ("qwen2.5-7b", (1, 4, 2))])
+def test_scales_of_a_few_heads_are_not_copied(name, sizes):
+    """Five key/value heads a chip, one, and one with the cache's length split: no number that fills a tile."""
+    topology = chips.parse("v5e:2x4")
+    step = aot.compile_step(MODELS[name], Storage(), aot.mesh_of(topology, *sizes), topology.chip.kind, **BIG)
+    assert step.copies == () and step.aliased >= 0.99 * step.cache
+    assert (step.all_reduces, step.all_gathers) == (3, len(sizes) - 2)
+
+
+def test_no_program_of_the_table_copies():
+    table = json.loads((pathlib.Path(__file__).parents[3] / "benchmarks" / "results" / "aot.json").read_text())
+    lines = [*table["programs"], *table["long"], *table["kernels"]]
+    assert len(lines) > 300 and not [line for line in lines if line["copies"]]
+    assert all(line["fits"] for line in [*table["programs"], *table["long"]])
 
 
 @needs_libtpu

@@ -54,6 +54,22 @@ def test_shares_add_up():
     assert shared.cache == 8 * 2048 * 28 * 2 * 132  # one head on each of 8 chips: two copies of each of the 4
 
 
+def test_a_cache_split_along_its_length():
+    """Qwen2.5-7B's 4 key/value heads on 8 chips: copied twice, or each half as long; attention's weights copied then.
+    The longer the cache, the better for the latter."""
+    config, storage, topology = MODELS["qwen2.5-7b"], Storage(), chips.parse("h100:8")
+    long = {"batch": 1, "context": 131072, "kv_bits": 8}
+    heads = estimate(config, storage, topology, 1, 8, **long)
+    both = estimate(config, storage, topology, 1, 4, sequence=2, **long)
+    assert (heads.mesh, both.mesh) == ("1x8", "1x4x2")
+    assert both.cache == 131072 // 2 * 28 * 2 * 132 == heads.cache // 2
+    attention = 28 * (28 + 2 * 4 + 28) * 128 * 3584  # numbers of query, key, value and output
+    more = attention / 4 - attention / 8  # held by four instead of eight
+    assert both.weights - heads.weights == pytest.approx(more / 2 * (1 + 4 / 128), rel=0.25)  # 28 heads pad to 32 on 8
+    assert both.read_seconds < heads.read_seconds and both.reduce_seconds > heads.reduce_seconds
+    assert plans(config, storage, topology, **long)[0].sequence > 1
+
+
 @pytest.mark.parametrize("storage", [Storage(), Storage(bits=8, group_size=-1, zeros=True), Storage(bits=16)])
 def test_abstract_arrays_have_names(storage):
     """As many names as dimensions, and each dimension on "model" divides."""
@@ -71,7 +87,7 @@ def test_errors():
         with pytest.raises(ValueError, match="expected one of .* and a shape, as v5e:2x4 or h100:8"):
             chips.parse(text)
     with pytest.raises(ValueError, match="no mesh of 64 chips suits 14 heads and 1 rows"):
-        plans(MODELS["qwen2.5-0.5b"], Storage(), chips.parse("v5e:8x8"), batch=1, context=128, kv_bits=8)
+        plans(MODELS["qwen2.5-0.5b"], Storage(), chips.parse("v5e:8x8"), batch=1, context=4, kv_bits=8)
 
 
 def test_command(capsys):
@@ -85,9 +101,11 @@ def test_command(capsys):
 
     code, out = run("qwen-72b", "--topology", "v5e:2x4", "--batch", "8", "--no-compile", "--json")
     facts = json.loads(out.out)
-    assert code == 0 and facts["best"]["model"] == 8 and facts["best"]["fits"] and len(facts["meshes"]) == 4
-    code, out = run("qwen-7b", "--topology", "h100:2", "--batch", "4", "--mesh", "2x1", "--kv", "bf16")
-    assert code == 0 and "→ 2x1" in out.out and "arithmetic alone" in out.out
+    assert code == 0 and facts["best"]["model"] == 8 and facts["best"]["fits"] and len(facts["meshes"]) == 10
+    code, out = run("qwen-7b", "--topology", "h100:2", "--batch", "4", "--mesh", "2x1x1", "--kv", "bf16")
+    assert code == 0 and "→ 2x1 " in out.out and "arithmetic alone" in out.out
+    code, out = run("qwen-7b", "--topology", "h100:2", "--mesh", "1x1x2")
+    assert code == 0 and "→ 1x1x2" in out.out
     for arguments, message in (
         (("qwen-7b", "--topology", "h100:2", "--mesh", "4x1"), "is none of ['1x2'"),
         (("qwen-7b", "--topology", "h100:1", "--kv", "int4"), "kv='int4' is none of"),
