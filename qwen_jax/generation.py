@@ -147,12 +147,8 @@ class Programs:
         logits_BV, cache = self._read(ids_BT, lengths_B, cache)
         loop, out = self._first(logits_BV, seen_BV, sampler, rules, cache=cache, filters=filters, logprobs=logprobs)
         longest, produced = int(max(lengths_B)), 1
-        while True:
-            result = _to_host(out)
-            yield result
-            if produced >= max_new_tokens or result.done_B.all():
-                return
-            active_length = min(bucket(longest + produced + chunk, 128), room)
+
+        def dispatch(loop, produced):
             loop, out = self._chunk(
                 self._leaves,
                 sampler,
@@ -161,12 +157,29 @@ class Programs:
                 filters=filters,
                 logprobs=logprobs,
                 steps=chunk,
-                active_length=active_length,
+                active_length=min(bucket(longest + produced + chunk, 128), room),
             )
             if produced + chunk > max_new_tokens:  # the loop has one compiled length: surplus tokens are cut here
-                parts = jax.tree.map(lambda array, keep=max_new_tokens - produced: array[:, :keep], out[:3])
+                parts = jax.tree.map(lambda array: array[:, : max_new_tokens - produced], out[:3])
                 out = Emitted(*parts, *out[3:])
-            produced += chunk
+            return loop, out, produced + chunk
+
+        ahead = False  # the first token waits for no compiler
+        while True:
+            following = None
+            if ahead and produced < max_new_tokens:
+                loop, following, produced = dispatch(loop, produced)
+            yield (result := _to_host(out))
+            if result.done_B.all():
+                return
+            if following is None:
+                if produced >= max_new_tokens:
+                    return
+                loop, following, produced = dispatch(loop, produced)
+            out = following
+            # An accelerator gets the next chunk before the last one's tokens are read, and never waits for the host (60
+            # µs a token); an answer's last chunk may be for nothing. A CPU computes where the host does.
+            ahead = default_chip() != "cpu"
 
     def _read(self, ids_BT, lengths_B, cache: CacheState):
         """Logits of each row's last token as `_first` takes them, and the cache."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qwen_jax import AutoTokenizer, QwenForCausalLM
+from qwen_jax import AutoTokenizer, QwenForCausalLM, generation
 from qwen_jax.errors import ConsumedCacheError, NonFiniteLogitsError
 from qwen_jax.generation import bucket
 from tests.qwen_jax.test_golden import GOLDEN, golden, load, relative_error
@@ -59,6 +59,25 @@ def test_stop_token_ends_a_row_and_pads_it(alphabet):
     out = model.generate(ids, max_new_tokens=20, pad_token_id=0, return_dict=True)
     assert out.tokens == [[*b"ABCDEFGHIJK", IM_END], [ord("K"), IM_END]]
     assert out.sequences[1].tolist() == [ord("J"), ord("K"), IM_END] + [0] * 10
+
+
+@pytest.mark.parametrize("chunk, limit", [(1, 30), (3, 30), (3, 7), (8, 9)])
+def test_chunks_given_ahead_are_those_given_one_by_one(alphabet, monkeypatch, chunk, limit):
+    """An accelerator gets the next chunk before the last one is read, a CPU after it."""
+    model, _ = alphabet
+    ids = [[NEWLINE], [ord("J")]]
+    want = list(model.stream(ids, max_new_tokens=limit, chunk=chunk))
+    order = []
+    dispatch, read = model._programs._chunk, generation._to_host
+    monkeypatch.setattr(model._programs, "_chunk", lambda *a, **k: order.append("give") or dispatch(*a, **k))
+    monkeypatch.setattr(generation, "_to_host", lambda out: order.append("read") or read(out))
+    monkeypatch.setattr(generation, "default_chip", lambda: "NVIDIA H100 80GB HBM3")
+    got = list(model.stream(ids, max_new_tokens=limit, chunk=chunk))
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one.tokens_BN, other.tokens_BN)
+        np.testing.assert_array_equal(one.kept_BN, other.kept_BN)
+    assert order[:2] == ["read", "give"] and ("give", "give") in zip(order, order[1:], strict=False) or limit < 10
 
 
 @pytest.mark.parametrize("eos", [ord("D"), [ord("D"), ENDOFTEXT], [ENDOFTEXT, ord("D")]])
