@@ -113,7 +113,13 @@ def _arrays(ours: Decoder, split: Decoder, config: ModelConfig):
     def matrix(path, own: Linear, theirs: Linear, join, widths=(), whole=(), inputs=None):
         weight, other = own.weight, theirs.weight
         if not isinstance(weight, QuantizedTensor):
-            yield path, weight.data, other.data, _Facts("normal", 1 / math.sqrt(config.hidden_size))
+            # Tokens large beside what layers add, biases small: else every step gives the same token.
+            yield (
+                path,
+                weight.data,
+                other.data,
+                _Facts("normal", 4.0 if path == "embedding" else config.hidden_size**-0.5),
+            )
             return
         assert weight.layout == other.layout == LAYOUT and weight.zeros is None
         assert weight.group_size == other.group_size, f"{path}: groups are cut between devices"
@@ -122,7 +128,7 @@ def _arrays(ours: Decoder, split: Decoder, config: ModelConfig):
         yield path, weight.packed, other.packed, _Facts("bits", 1, join, widths, whole, 16)
         yield f"{path}.scales", weight.scales, other.scales, _Facts("uniform", scale, join, widths, whole, real=groups)
         if own.bias is not None:
-            yield f"{path}.bias", own.bias, theirs.bias, _Facts("normal", 1, "columns", widths, whole, zero=1)
+            yield f"{path}.bias", own.bias, theirs.bias, _Facts("normal", 0.2, "columns", widths, whole, zero=1)
 
     for b, (mine, other) in enumerate(zip(ours.blocks, split.blocks, strict=True)):
         a, o = mine.attention, other.attention
