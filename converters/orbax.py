@@ -12,7 +12,8 @@ uses all cores. Measured with 2 cores and Orbax 0.12.8: zstd would shrink packed
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from qwen_jax.json_keys import read_json
 
 MANIFEST, ARRAYS, VERSION = "qwen_jax.json", "arrays", 1
 CHUNK_BYTES = 16 << 20
+PART_BYTES = 256 << 20  # restored at once where somebody watches; enough that parts cost no speed
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -113,6 +115,7 @@ def restore(
     *,
     abstract: Mapping[str, jax.ShapeDtypeStruct] | None = None,
     shardings: Mapping[str, jax.sharding.Sharding] | jax.sharding.Sharding | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """Reads a checkpoint, each device its own part.
 
@@ -121,6 +124,7 @@ def restore(
         abstract: what the caller expects; names, shapes and dtypes must be those of the file.
         shardings: where arrays go: one for all, or one a name (those of `abstract` count otherwise); by default the
             first device.
+        progress: called with the bytes restored so far and their number.
 
     Returns: the arrays by name, and the metadata.
 
@@ -141,9 +145,26 @@ def restore(
         return getattr((abstract or {}).get(name), "sharding", None) or first
 
     arguments = {name: ocp.ArrayRestoreArgs(sharding=sharding(name), dtype=a.dtype) for name, a in found.items()}
+    sizes = {name: math.prod(a.shape) * a.dtype.itemsize for name, a in found.items()}
+    state: dict[str, jax.Array] = {}
     with _checkpointer() as checkpointer:
-        state = checkpointer.restore(folder / ARRAYS, args=ocp.args.PyTreeRestore(found, restore_args=arguments))
+        for names in [list(found)] if progress is None else _parts(sizes):
+            some, how = ({name: each[name] for name in names} for each in (found, arguments))
+            wanted = ocp.args.PyTreeRestore(some, restore_args=how, partial_restore=len(some) < len(found))
+            state |= checkpointer.restore(folder / ARRAYS, args=wanted)
+            if progress is not None:
+                progress(sum(sizes[name] for name in state), sum(sizes.values()))
     return state, metadata
+
+
+def _parts(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in runs of at least `PART_BYTES`, but for the last."""
+    parts: list[list[str]] = [[]]
+    for name in sizes:
+        if sum(sizes[each] for each in parts[-1]) >= PART_BYTES:
+            parts.append([])
+        parts[-1].append(name)
+    return parts
 
 
 def read_array(

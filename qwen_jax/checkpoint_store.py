@@ -10,12 +10,11 @@ from converters.huggingface import Checkpoint
 from pallas_kernels.dense_matmul import DenseTensor, quantize_head
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.config import ModelConfig
-from qwen_jax.converted_modules import ConvertedModules
 from qwen_jax.errors import CheckpointError
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
 from qwen_jax.loading import CheckpointWeights, kept_dtype, pack
 from qwen_jax.model import Decoder, Weights
-from qwen_jax.read_progress import Progress, open_checkpoint
+from qwen_jax.read_progress import Progress, open_checkpoint, open_modules
 from qwen_jax.sharded_weights import ShardedWeights
 
 HUB_FILES = ["*.json", "*.safetensors", "*.tiktoken", "*.txt", "*.jinja", "*.model"]
@@ -54,15 +53,15 @@ def open_weights(
     mesh=None,
     progress: Progress | None = None,
 ) -> Weights:
-    """The parameters in `folder`, ready for `Decoder`; `progress` hears of Hugging Face files as they are read."""
+    """The parameters in `folder`, ready for `Decoder`; `progress` hears of files as they are read."""
     if mesh is not None:
         # ConvertedModules has the reading side of a Checkpoint, all that is wanted here
-        source = cast(Checkpoint, ConvertedModules(folder)) if orbax.is_checkpoint(folder) else None
+        source = cast(Checkpoint, open_modules(folder, progress)) if orbax.is_checkpoint(folder) else None
         source = source or open_checkpoint(folder, progress)
         int8_head = lm_head == "int8"
         return ShardedWeights(source, mesh, dtype=dtype, kernels=kernels, int8_head=int8_head)
     if orbax.is_checkpoint(folder):
-        weights = OrbaxWeights(folder, dtype=dtype, kernels=kernels)
+        weights = OrbaxWeights(folder, dtype=dtype, kernels=kernels, progress=progress)
     else:
         weights = CheckpointWeights(open_checkpoint(folder, progress), dtype=dtype, kernels=kernels)
     return cast(Weights, Int8Head(weights, kernels)) if lm_head == "int8" else weights
@@ -146,9 +145,9 @@ class OrbaxWeights:
 
     cache_axis: str | None = None
 
-    def __init__(self, folder: Path, *, dtype: str, kernels: str = "auto"):
+    def __init__(self, folder: Path, *, dtype: str, kernels: str = "auto", progress: Progress | None = None):
         self.config = ModelConfig.from_folder(folder)
-        self.arrays, metadata = orbax.restore(folder)
+        self.arrays, metadata = orbax.restore(folder, progress=progress)
         self.modules, self.ranges = metadata["modules"], metadata["blocks"]
         self.dtype, self.kernels = dtype, kernels
 

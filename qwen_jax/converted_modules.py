@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters import orbax
+from converters import names, orbax
 from converters.gptq import divided
 from converters.huggingface import Module, ModuleSpec
 from converters.safetensors_files import Runs, length
@@ -36,6 +36,16 @@ class ConvertedModules:
         self.folder, self.config = folder, ModelConfig.from_folder(folder)
         self._arrays, metadata = orbax.describe(folder)
         self._modules, self._blocks = metadata["modules"], metadata["blocks"]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each matrix, without its scales and bias."""
+        found = {}
+        for path in names.modules(self.config):
+            spec = self.spec(path)
+            bits = spec.bits if spec.kind == "quantized" else 8 * np.dtype(spec.dtype).itemsize
+            assert bits is not None
+            found[path] = spec.in_features * spec.out_features * bits // 8
+        return found
 
     def spec(self, path: str) -> ModuleSpec:
         """See `Checkpoint.spec`; a permutation's digest is the name of the array that holds it."""

@@ -42,8 +42,6 @@ def load(name: str | Path, **settings: Any) -> tuple["QwenForCausalLM", "Tokeniz
     folder = find(name)
     with status(f"Loading {folder.name}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        if is_converted(folder):  # read as a whole: there is nothing to count
-            return QwenForCausalLM.from_pretrained(folder, **settings), tokenizer
     with progress_bars() as update:
 
         def progress(done: int, total: int) -> None:

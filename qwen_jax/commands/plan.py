@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Debug, Json, print_json, status
+from .common import Debug, Json, print_json, progress_bars
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -80,8 +80,9 @@ def run(
         facts["note"] = f"arithmetic alone: {reason}"
     else:
         steps: dict[str, int | None] = {"decode": None} | ({f"prefill of {prompt}": prompt} if prompt else {})
-        for name, tokens in steps.items():
-            with status(f"Compiling {name} for {chips}"):
+        with progress_bars() as update:
+            for done, (name, tokens) in enumerate(steps.items()):
+                update(f"Compiling for {chips}", done, len(steps), unit="programs", note=name)
                 compiled = aot.compile_step(
                     config,
                     storage,
@@ -92,7 +93,8 @@ def run(
                     kv_bits=kv_bits,
                     prompt=tokens,
                 )
-            programs[name] = dataclasses.asdict(compiled) | {"fits": aot.fits(compiled, chips)}
+                programs[name] = dataclasses.asdict(compiled) | {"fits": aot.fits(compiled, chips)}
+                update(f"Compiling for {chips}", done + 1, len(steps), unit="programs", note=name)
     if json:
         print_json(facts)
     else:

@@ -78,6 +78,20 @@ def test_restored_in_parts_onto_devices(saved):
     assert orbax.restore(saved, abstract=abstract)[0]["layers.0.mlp.up.packed"].sharding == columns
 
 
+def test_restored_under_watch(saved, monkeypatch):
+    """In parts of two arrays or so, with the bytes of each; the same arrays in the end."""
+    said, total = [], sum(np.asarray(array).nbytes for array in state().values())
+    monkeypatch.setattr(orbax, "PART_BYTES", 300)
+    found, metadata = orbax.restore(saved, progress=lambda *numbers: said.append(numbers))
+    assert_same(found, state())
+    assert metadata["bits"] == 4
+    assert len(said) > 3 and said == sorted(set(said)) and said[-1] == (total, total)
+    whole = []
+    monkeypatch.setattr(orbax, "PART_BYTES", 1 << 20)
+    assert_same(orbax.restore(saved, progress=lambda *numbers: whole.append(numbers))[0], state())
+    assert whole == [(total, total)]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
