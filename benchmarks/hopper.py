@@ -131,7 +131,8 @@ class Run:
         lines = (self.folder / f"{name}.log").read_text(errors="replace").splitlines()
         records = [json.loads(line) for line in lines if line.startswith('{"peer"')]
         for record in records:
-            record["model"] = MODELS.get(record.get("model"), record.get("model"))
+            if "model" in record:
+                record["model"] = MODELS[record["model"]]
         kinds = dict.fromkeys(record["kind"] for record in records)
         return [
             {

@@ -111,7 +111,8 @@ def measure(
     """
     programs = programs_of(decoder, mesh)
     room = _room(context, steps, rounds)
-    sampler, filters, loop = _start(programs, decoder, kv_bits, batch, room, context - steps, mesh)
+    sampler, filters, loop = _start(programs, decoder, kv_bits, batch, room, context - steps)
+    loop = loop._replace(cache=dataclasses.replace(loop.cache, kv=_noise(loop.cache.kv, mesh)))
     sampler, _ = programs._place(sampler, None)
     run = dict(filters=filters, logprobs=False, steps=steps, active_length=room)
     loop, waiting = programs._chunk(programs._leaves, sampler, RULES, loop=loop, **run)  # compiles
@@ -151,7 +152,7 @@ def compile_ahead(
 ) -> None:
     """Compiles what `measure` runs on one device into JAX's persistent cache; `decoder` may be of shapes alone."""
     programs, room = Programs(decoder), _room(context, steps, rounds)
-    loop = jax.eval_shape(lambda: _start(programs, decoder, kv_bits, batch, room, context - steps, None)[2])
+    loop = jax.eval_shape(lambda: _start(programs, decoder, kv_bits, batch, room, context - steps)[2])
     sampler, filters = device_sampler(SamplingConfig(), np.zeros(batch))
     run = dict(filters=filters, logprobs=False, steps=steps, active_length=room)
     programs._chunk.func.lower(*programs._chunk.args, programs._leaves, sampler, RULES, loop=loop, **run).compile()
@@ -161,12 +162,12 @@ def _room(context: int, steps: int, rounds: int) -> int:
     return bucket(context + steps * (rounds + 2), 128)
 
 
-def _start(programs: Programs, decoder: Decoder, kv_bits: int, batch: int, room: int, length: int, mesh):
-    """(sampler, filters, loop) with a random cache of `room` tokens a row, `length` of them valid."""
+def _start(programs: Programs, decoder: Decoder, kv_bits: int, batch: int, room: int, length: int):
+    """(sampler, filters, loop) with a cache of `room` tokens a row, `length` of them valid, all zeros."""
     cache = programs.empty_cache(batch, room, decoder.dtype, kv_bits == 8)
     place = programs._rows if isinstance(programs, ShardedPrograms) else jnp.asarray
     slots = cache.lengths_B.shape[0]
-    cache = dataclasses.replace(cache, lengths_B=place(np.full(slots, length, np.int32)), kv=_noise(cache.kv, mesh))
+    cache = dataclasses.replace(cache, lengths_B=place(np.full(slots, length, np.int32)))
     sampler, filters = device_sampler(SamplingConfig(), np.zeros(slots))
     token_B, done_B, count_B, nonfinite_B = (
         place(np.full(slots, value)) for value in (np.int32(1), False, np.int32(0), np.int32(-1))
@@ -178,7 +179,7 @@ def form_of(decoder: Decoder, kv) -> str:
     """How a step over this cache walks the layers."""
     if not decoder.one_launch:
         return EACH
-    hidden_BTD = jax.ShapeDtypeStruct((kv.keys.shape[1], 1, decoder.config.hidden_size), decoder.dtype)
+    hidden_BTD = jnp.zeros((kv.keys.shape[1], 1, decoder.config.hidden_size), decoder.dtype)
     refusals = [fused_decode.refusal(block, hidden_BTD, kv, block.attention.kernels) for block in decoder.blocks]
     return EACH if any(refusals) else ONE
 
@@ -218,5 +219,7 @@ def _noise(kv, mesh=None):
         if mesh is not None:  # every device its own share, all of them alike
             axes = leaf.sharding.spec
             one = jax.shard_map(one, mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False)
-        noisy.append(jax.jit(one, donate_argnums=0, out_shardings=leaf.format)(leaf))
+        # On a TPU the cache has a layout of its own; elsewhere naming a place would make one more program of the step.
+        where = leaf.format if mesh is not None or jax.default_backend() == "tpu" else None
+        noisy.append(jax.jit(one, donate_argnums=0, out_shardings=where)(leaf))
     return jax.tree.unflatten(structure, noisy)

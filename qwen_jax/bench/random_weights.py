@@ -88,19 +88,22 @@ class RandomWeights:
         return Linear(stack.value, axes=axes, kernels=self.kernels)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def dense(key, shape, dtype) -> DenseTensor:
     """A random weight in layout "transposed": shape is (out, in)."""
     rows, columns = shape
-    # Some rows at a time: the generator's float32 temporaries of a table would be larger than small models.
-    step = next(size for size in range(max(1, min(rows, 2**22 // columns)), 0, -1) if rows % size == 0)
+    # Some rows at a time, in place: the generator's temporaries of a table would be larger than small models.
+    step = next(size for size in range(max(1, min(rows, 2**23 // columns)), 0, -1) if rows % size == 0)
     step = step if step >= 64 else rows
-
-    def make(key):
-        return (jax.random.normal(key, (step, columns), jnp.float32) / math.sqrt(columns)).astype(dtype)
-
-    data = jax.lax.map(make, jax.random.split(key, rows // step)).reshape(shape)
+    data = jnp.zeros(shape, dtype)
+    for start, one in zip(range(0, rows, step), jax.random.split(key, rows // step), strict=True):
+        data = _fill(data, one, start, step)
     return DenseTensor(data, dtype, columns, "transposed")
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _fill(data, key, start, step):
+    values = jax.random.normal(key, (step, data.shape[1]), jnp.float32) / math.sqrt(data.shape[1])
+    return jax.lax.dynamic_update_slice_in_dim(data, values.astype(data.dtype), start, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
