@@ -265,7 +265,7 @@ class ShardedWeights(CheckpointWeights):
         if not isinstance(weight, DenseTensor):
             return weight
         dtype = kept_dtype(weight.dtype, self.dtype)
-        return dataclasses.replace(weight, data=weight.data.astype(dtype), dtype=dtype)
+        return dataclasses.replace(weight, data=weight.data.astype(dtype, copy=False), dtype=dtype)
 
     def _bias(self, bias_LNO: np.ndarray, axis: str):
         if not bias_LNO.any():

@@ -9,7 +9,7 @@ from pallas_kernels.quantized_matmul import QuantizedTensor, layout
 
 
 def take_columns(weight: QuantizedTensor | DenseTensor, columns_O: np.ndarray):
-    """The matrix of these columns, a column of zeros for −1; the result's arrays are NumPy's.
+    """The matrix of these columns, a column of zeros for −1; the result's arrays are NumPy's, perhaps views.
 
     Args:
         weight: one matrix in layout "gptq" or "transposed".
@@ -110,16 +110,19 @@ def _whole_words(weight: QuantizedTensor, rows_I: np.ndarray) -> np.ndarray | No
     blocks = np.asarray(weight.packed).reshape(-1, words, weight.packed.shape[1])
     middle = layout.pack(np.full((unit, 1), 1 << (weight.bits - 1)), weight.bits)
     result = _take(blocks, np.where(empty, -1, runs[:, 0] // unit), 0)
-    result[empty] = middle
+    if empty.any():
+        result[empty] = middle
     return result.reshape(-1, weight.packed.shape[1])
 
 
 def _take(array, index: np.ndarray, axis: int, fill=0) -> np.ndarray:
-    """`array` at these places of one axis, `fill` for −1; always a copy."""
+    """`array` at these places of one axis, `fill` for −1; a view where that is whole rows, so that a table that is cut
+    takes no more memory than one that is not."""
     array = np.asarray(array)
     place = (slice(None),) * axis
     if index[0] >= 0 and (np.diff(index) == 1).all():
-        return array[(*place, slice(int(index[0]), int(index[-1]) + 1))].copy()
+        part = array[(*place, slice(int(index[0]), int(index[-1]) + 1))]
+        return part if axis == 0 else part.copy()
     result = np.take(array, np.maximum(index, 0), axis=axis)
     result[(*place, index < 0)] = fill
     return result

@@ -15,11 +15,13 @@ from pallas_kernels.quantized_matmul import layout, layout_mosaic_gpu
 from pallas_kernels.quantized_matmul.reference import dequantize
 from qwen_jax import QwenForCausalLM
 from qwen_jax.checkpoint_store import convert
+from qwen_jax.kv_cache import CacheState, KVCache
 from qwen_jax.sampling import WHOLE, SamplingConfig, Vocabulary, device_sampler, sample
 from qwen_jax.sharded_programs import ShardedPrograms
 from qwen_jax.sharded_weights import ShardedStack
 from qwen_jax.sharding import (
     AXES,
+    KV_AXES,
     Placement,
     head_layout,
     parameter_axes,
@@ -103,43 +105,67 @@ def heads_of(array, table):
     return np.stack([array[:, :, np.flatnonzero(order == head)[0]] for head in range(order.max() + 1)], axis=2)
 
 
-def check_8_bit_cache(case, kind, data, model, sequence=1):
-    """A value within 1e-6 of the middle between two steps may be rounded either way; later layers feel it:
-    rows where all are rounded alike have the same logits, in the others few bytes differ, by a step or two."""
+def onto(many, state, table, sequence):
+    """The cache of one device, in NumPy, as a model on a mesh keeps it."""
+    programs, (order, n) = many._programs, (np.asarray(table).reshape(-1), sequence)
+
+    def spread(array):
+        array = array[:, :, np.maximum(order, 0)]
+        length = programs.room(array.shape[3])
+        array = np.pad(array, [(0, length - size if axis == 3 else 0) for axis, size in enumerate(array.shape)])
+        L, B, G, S, *rest = array.shape
+        array = np.moveaxis(array.reshape(L, B, G, S // n, n, *rest), 4, 3).reshape(array.shape)
+        array = np.concatenate([array, np.repeat(array[:, -1:], -B % programs.placement.data, axis=1)], axis=1)
+        return programs.placement.rows(array, KV_AXES[: array.ndim])
+
+    alpha = None if state.ntk_alpha_B is None else programs._rows(state.ntk_alpha_B)
+    return CacheState(jax.tree.map(spread, state.kv), programs._rows(state.lengths_B), alpha)
+
+
+def check_8_bit_cache(case, kind, data, model, sequence=1, generate=True):
+    """From the same bytes a mesh and one device compute the same, within `LIMIT`. Their own bytes may differ: sums in
+    another order differ by some 1e-7, and a value that close to the middle between two steps is rounded either way,
+    however fine or coarse the steps are. That happens to few, and moves them by a step."""
     options = dict(use_cache_quantization=True, max_length=64)
     one, many = load(case, kind, **options), on_mesh(case, kind, data, model, sequence, **options)
     ids, tokens = golden(case)["ids"], golden(case)[f"{kind}_greedy"]
     B, T = ids.shape
-    config = one.config
-    table = head_layout(config.num_heads, config.num_kv_heads, model).kv_table
+    table = head_layout(one.config.num_heads, one.config.num_kv_heads, model).kv_table
 
-    def run(m):
-        _, cache = m.prefill(ids)
-        logits, arrays = [], None
-        for step in range(3):
-            out, cache = m.decode(tokens[:, step : step + 1], cache)
-            logits.append(np.asarray(out)[:, 0])
-        arrays = [in_order(leaf, m, sequence)[:, :B, :, : T + 3] for leaf in jax.tree.leaves(cache._peek().kv)]
-        return np.stack(logits, 1), arrays
+    def rows_alike(theirs, ours, length):
+        """Whether each row's bytes are those of one device; those that are not are next to them, and few."""
+        same_B = np.ones(B, bool)
+        for name in ("keys", "values", "key_scales", "key_minimums", "value_scales", "value_minimums"):
+            want, got = np.asarray(getattr(theirs.kv, name)), getattr(ours.kv, name)
+            got = heads_of(in_order(got, many, sequence)[:, :B], table)[:, :, :, :length]
+            want = want[:, :, :, :length]
+            same_B &= (got == want).all(axis=(0, *range(2, want.ndim)))
+            if want.dtype == np.uint8:
+                assert (got != want).mean() < 1e-3 and np.abs(got.astype(int) - want).max() <= 1
+            else:
+                np.testing.assert_allclose(got.astype(np.float32), want.astype(np.float32), rtol=2**-9, atol=1e-6)
+        return same_B
 
-    (got, arrays), (want, expected) = run(many), run(one)
-    same_B = np.ones(B, bool)
-    for ours, theirs in zip([heads_of(array, table) for array in arrays], expected, strict=True):
-        differs = ours != theirs
-        same_B &= ~differs.any(axis=(0, *range(2, differs.ndim)))
-        if ours.dtype == np.uint8:
-            assert differs.mean() < 0.02
-            assert np.abs(ours.astype(int) - theirs).max() <= 2
-        else:
-            np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=2**-8, atol=1e-5)
-    for row in range(B):
-        assert relative_error(got[row], want[row]) < (LIMIT if same_B[row] else 5e-3)
-    return same_B
+    (want, cache), (got, own) = one.prefill(ids), many.prefill(ids)
+    assert relative_error(got, want) < LIMIT  # a prompt attends to what is not rounded yet
+    alike_B = rows_alike(cache._peek(), own._peek(), T)
+    for step in range(3):
+        state = jax.device_get(cache._peek())
+        spread = KVCache(onto(many, state, table, sequence), cache.longest, cache.room, B)
+        want, cache = one.decode(tokens[:, step : step + 1], cache)
+        got, spread = many.decode(tokens[:, step : step + 1], spread)
+        same_B = rows_alike(cache._peek(), spread._peek(), T + step + 1)
+        for row in range(B):
+            assert relative_error(got[row], want[row]) < (LIMIT if same_B[row] else 2.5e-3)
+    if generate:
+        settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=[])
+        np.testing.assert_array_equal(many.generate(ids, **settings), one.generate(ids, **settings))
+    return alike_B
 
 
 def test_8_bit_cache():
     """Qwen 2: key biases are added to the tokens of each share of the length."""
-    assert check_8_bit_cache("qwen2-int4-per-channel", "gptq", 1, 2, 2).any()
+    assert check_8_bit_cache("qwen2-int4-per-channel", "gptq", 1, 2, 2, generate=False).any()
 
 
 @pytest.mark.slow
