@@ -55,8 +55,8 @@ class RowParallelLinear(Linear):
         return jnp.concatenate(totals).reshape(*x.shape[:-1], -1)
 
     def _summed(self, x, layer):
-        # float16 shares may overflow where their sum does not. Long prompts in bfloat16 are reduced as they are, and two
-        # shares always: their sum is rounded once either way.
+        # float16 shares may overflow where their sum does not. Long prompts in bfloat16 are reduced as they are; two
+        # shares always, for their sum is rounded once either way.
         wide = x.dtype == jnp.float16
         share = self._multiply(x.astype(jnp.float32) if wide else x, layer)
         few = len(x) <= FEW_ROWS and (lax.axis_size(self.axis) > 2 or self.bias is not None)
