@@ -148,16 +148,22 @@ def main() -> None:
         "seconds_first_layer": times[modules][1] - times[0][1],
         "seconds_last_layer": seconds,
         "seconds_modules": {b[0]: round(b[1] - a[1], 3) for a, b in zip(last, last[1:], strict=False)},
-        "minutes_of_32_layers": seconds * WHOLE / 60,
+        "minutes_of_32_layers": (times[-1][1] - times[0][1] + (WHOLE - arguments.layers) * seconds) / 60,
+        "minutes_of_32_layers_compiled_before": seconds * WHOLE / 60,
     }
     statistics = jax.devices()[0].memory_stats() or {}
     result["peak_device_bytes"] = statistics.get("peak_bytes_in_use")
+    _write(result, arguments.output)
     if arguments.parts:
         tokens = arguments.rows * arguments.length
         result["parts"] = parts(QuantizeSettings(**settings), *arguments.sizes[:2], tokens)
-    print(json.dumps(result))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        _write(result, arguments.output)
+
+
+def _write(result: dict, file: Path | None) -> None:
+    print(json.dumps(result), flush=True)
+    if file:
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def run(
     debug: Debug = False,
 ):
     """Write a GPTQ checkpoint of a float model, calibrated on your text."""
+    from .. import compilation_cache
     from ..checkpoint_store import find
     from ..quantize import QuantizeSettings, quantize, read_calibration
     from ..tokenizer import AutoTokenizer
@@ -73,6 +74,7 @@ def run(
         dynamic=_json_object(dynamic),
         format=format,
     )
+    compilation_cache.enable()
     start = time.perf_counter()
     folder = find(source)
     with status(f"Reading {calibration}"):
