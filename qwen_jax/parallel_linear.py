@@ -13,7 +13,6 @@ from jax import lax
 from qwen_jax.linear import Linear, at_layer
 
 FEW_ROWS = 64  # up to here a reduction costs its latency, and its width nothing
-PARTS, PART_ROWS = 2, 512  # into which long prompts are cut for their reductions, and the fewest rows of one
 
 
 class RowParallelLinear(Linear):
@@ -47,21 +46,16 @@ class RowParallelLinear(Linear):
             x = lax.all_gather(x, self.axis, axis=x.ndim - 1, tiled=True)
             x = jnp.take(x, at_layer(self.inputs, layer), axis=-1)
         dtype = x.dtype if out_dtype is None else out_dtype
-        rows = math.prod(x.shape[:-1])
-        # A part's reduction runs beside the product of the next.
-        parts = PARTS if rows >= PARTS * PART_ROWS and rows % PARTS == 0 else 1
-        shares = jnp.split(x.reshape(rows, x.shape[-1]), parts)
-        totals = [self._summed(share, layer).astype(dtype) for share in shares]
-        return jnp.concatenate(totals).reshape(*x.shape[:-1], -1)
-
-    def _summed(self, x, layer):
         # float16 shares may overflow where their sum does not. Long prompts in bfloat16 are reduced as they are; two
-        # shares always, for their sum is rounded once either way.
-        wide = x.dtype == jnp.float16
+        # shares always, for their sum is rounded once either way. (Cutting prompts, so that a part's reduction runs
+        # beside the product of the next, gained nothing: the reductions take multiprocessors from the products.)
+        wide = dtype == jnp.float16
+        few = math.prod(x.shape[:-1]) <= FEW_ROWS and (lax.axis_size(self.axis) > 2 or self.bias is not None)
         share = self._multiply(x.astype(jnp.float32) if wide else x, layer)
-        few = len(x) <= FEW_ROWS and (lax.axis_size(self.axis) > 2 or self.bias is not None)
         total = lax.psum(share.astype(jnp.float32) if few else share, self.axis)
-        return total if self.bias is None else total.astype(jnp.float32) + at_layer(self.bias, layer)
+        if self.bias is not None:
+            total = total.astype(jnp.float32) + at_layer(self.bias, layer)
+        return total.astype(dtype)
 
 
 class VocabularyLinear(Linear):
