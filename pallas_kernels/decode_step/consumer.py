@@ -111,19 +111,13 @@ class Consumer:
                 w.when(exists, lambda where=where, new=new: w.store_words(x, where, new))
         self.meet()
 
-    def put_plain(self, source, matrix: Matrix, turn):
-        """x = `source` [B, in], of turn `turn` where not all of it finds room at once."""
-        plan, moved, width = self.plan, [], matrix.in_features
-        turns, size = plan.turns(matrix)
+    def put_plain(self, source, width: int):
+        """x = `source` [B, width]."""
+        plan, moved = self.plan, []
         for row in range(plan.batch):
-            for first, exists in self._pieces(size):
-                at = first
-                if turns > 1:
-                    at = w.imin(w.iadd(first, w.imul(turn, size)), width - 8)
-                words = d.load_fresh(source, w.imul(w.iadd(at, row * width), 2), 4)
+            for first, exists in self._pieces(width):
+                words = d.load_fresh(source, w.imul(w.iadd(first, row * width), 2), 4)
                 moved.append((w.iadd(w.imul(first, 2), row * plan.x_stride), exists, words))
-        if turns > 1:
-            self.meet()  # the turn before has been read
         for where, exists, words in moved:
             w.when(exists, lambda where=where, words=words: w.store_words(self.shared["x"], where, words))
         self.meet()
@@ -182,50 +176,33 @@ class Consumer:
     # -- phases ---------------------------------------------------------------------------------------------------
 
     def multiply(self, matrix: Matrix, number, put, finish, summed_in=None):
-        """One projection: `put(turn)` fills x, `finish(row, column)` gives what stores a result from its sums.
+        """One projection: `put()` fills x, `finish(row, column)` gives what stores a result from its sums.
 
         Sums are one number, or gate and up. `summed_in`: the layer, where the cards' sums are to be added.
         """
         plan, count = self.plan, tiles_of(matrix, self.block)
-        turns, size = plan.turns(matrix)
-        tiles = plan.tiles_of_turn(matrix)
 
         def work():
-            if turns == 1:
-                put(w.i32(0))
+            put()
             first = w.imul(first_strip(matrix, self.block), STRIP)
             stores = [finish(row, w.iadd(first, column)) for row, column, _ in self.results(matrix)]
             exchange = None
             if summed_in is not None and plan.cards > 1 and "cards" not in plan.skip:
                 exchange = Exchange(plan, self.pointers, matrix, self.block, summed_in)
 
-            def run(x, begin, count, sums):
-                """Adds this warp's tiles of `count` from tile `begin` on, a multiple of the warps."""
+            def step(index, sums):
+                at = w.iadd(index, self.warp)
+                data, extra, full, empty, parity = self.ring.slot(self.warp, w.iadd(number, w.idiv(index, plan.warps)))
+                d.barrier_wait(full, parity)
+                sums = matmul.tile(
+                    plan, matrix, self.shared["x"], data, extra, self.lane, w.idiv(at, matrix.parts), sums
+                )
+                w.warp_barrier()
+                w.when(w.equal(self.lane, 0), lambda: d.barrier_arrive(empty))
+                return sums
 
-                def step(index, sums):
-                    index = w.iadd(begin, index)
-                    place = w.iadd(number, w.idiv(index, plan.warps))
-                    data, extra, full, empty, parity = self.ring.slot(self.warp, place)
-                    d.barrier_wait(full, parity)
-                    depth = w.idiv(w.iadd(index, self.warp), matrix.parts)
-                    sums = matmul.tile(plan, matrix, x, data, extra, self.lane, depth, sums)
-                    w.warp_barrier()
-                    w.when(w.equal(self.lane, 0), lambda: d.barrier_arrive(empty))
-                    return sums
-
-                return w.loop(w.imax(w.iadd(count, w.imul(self.warp, -1)), 0), plan.warps, sums, step)
-
-            def take_turn(turn, sums):
-                put(turn)
-                begin = w.imul(turn, tiles)
-                x = w.offset(self.shared["x"], w.imul(turn, -2 * size))  # where its column 0 would be
-                return run(x, begin, w.imin(w.iadd(count, w.imul(begin, -1)), tiles), sums)
-
-            sums = [w.f32(0.0)] * (4 * matrix.width)
-            if turns == 1:
-                sums = run(self.shared["x"], w.i32(0), count, sums)
-            else:
-                sums = w.loop(w.i32(turns), 1, sums, take_turn)
+            mine = w.imax(w.iadd(count, w.imul(self.warp, -1)), 0)
+            sums = w.loop(mine, plan.warps, [w.f32(0.0)] * (4 * matrix.width), step)
             matmul.store_sums(plan, matrix, self.shared["sums"], self.warp, self.lane, sums)
             self.meet()
             finished = list(zip(stores, self.results(matrix), strict=True))

@@ -77,7 +77,7 @@ def _qkv(me: Consumer, layer, number, meetings):
             bias = w.load_float_of(w.element(me.pointers["qkv_bias"], at, size), 0, plan.bias_dtype)
         return lambda sums: _store_bf16(me.pointers["qkv"], row, matrix.out_features, column, w.add(sums[0], bias))
 
-    return me.multiply(matrix, number, lambda turn: me.put_normed(_source(me, layer), scales), finish)
+    return me.multiply(matrix, number, lambda: me.put_normed(_source(me, layer), scales), finish)
 
 
 def _cache(me: Consumer, layer, number, meetings):
@@ -173,7 +173,7 @@ def _output(me: Consumer, layer, number, meetings):
         residual = _load_bf16(_source(me, layer), row, width, column)
         return lambda sums: _store_bf16(me.pointers["mid"], row, width, column, w.add(residual, _round(sums[0])))
 
-    return me.multiply(me.plan.matrix("output"), number, lambda turn: me.put_attended(), finish, layer)
+    return me.multiply(me.plan.matrix("output"), number, me.put_attended, finish, layer)
 
 
 def _gate_up(me: Consumer, layer, number, meetings):
@@ -190,7 +190,7 @@ def _gate_up(me: Consumer, layer, number, meetings):
         return store
 
     matrix = me.plan.matrix("gate_up")
-    return me.multiply(matrix, number, lambda turn: me.put_normed(me.pointers["mid"], scales), finish)
+    return me.multiply(matrix, number, lambda: me.put_normed(me.pointers["mid"], scales), finish)
 
 
 def _down(me: Consumer, layer, number, meetings):
@@ -201,8 +201,8 @@ def _down(me: Consumer, layer, number, meetings):
         residual = _load_bf16(me.pointers["mid"], row, width, column)
         return lambda sums: _store_bf16(me.pointers["hidden"], row, width, column, w.add(residual, _round(sums[0])))
 
-    matrix = me.plan.matrix("down")
-    return me.multiply(matrix, number, lambda turn: me.put_plain(me.pointers["act"], matrix, turn), finish, layer)
+    put = lambda: me.put_plain(me.pointers["act"], me.plan.inner)  # noqa: E731
+    return me.multiply(me.plan.matrix("down"), number, put, finish, layer)
 
 
 _PHASES = {"qkv": _qkv, "cache": _cache, "output": _output, "gate_up": _gate_up, "down": _down}

@@ -10,7 +10,6 @@ import math
 CHUNK, STRIP, TOKENS = 128, 16, 16
 SLOT_BYTES = 4096
 LOADERS = 4  # warps: one alone spends longer on a tile's addresses than memory on its bytes
-X_BYTES = 80 * 1024  # of the MLP's x at once, or as much as the hidden state takes anyway
 SHARED_BYTES = 226 * 1024  # 1 KB of a block's 227 goes to what Mosaic itself reserves
 
 
@@ -196,23 +195,7 @@ class Plan:
     @property
     def x_stride(self) -> int:
         """Bytes between rows of x in shared memory."""
-        return max(self.turns(matrix)[1] for matrix in self.matrices) * 2 + 16
-
-    def tiles_of_turn(self, matrix: Matrix) -> int:
-        """Tiles of a block, a multiple of the warps, whose columns of x are in shared memory together."""
-        rounds = -(-matrix.depth * matrix.parts // self.warps)  # tiles of a warp
-        if matrix.name != "down":  # x of the others comes normed or merged, and is no wider than the hidden state
-            return rounds * self.warps
-        room = max(self.hidden, self.heads * self.head_dim, X_BYTES // (2 * self.batch))
-        at_once = max(1, room // (self.warps // matrix.parts * matrix.rows * CHUNK))
-        turns = 1 if matrix.in_features <= room else -(-rounds // at_once)
-        return -(-rounds // turns) * self.warps
-
-    def turns(self, matrix: Matrix) -> tuple[int, int]:
-        """(how often x is filled for a matrix, its columns each time)."""
-        tiles = self.tiles_of_turn(matrix)
-        turns = -(-matrix.depth * matrix.parts // tiles)
-        return turns, matrix.in_features if turns == 1 else tiles // matrix.parts * matrix.rows * CHUNK
+        return max(matrix.in_features for matrix in self.matrices) * 2 + 16
 
     @property
     def extra_stride(self) -> int:

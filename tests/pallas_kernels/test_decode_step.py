@@ -21,7 +21,6 @@ from pallas_kernels.decode_step import (
     op,
     reference,
 )
-from pallas_kernels.decode_step import plan as plan_module
 from pallas_kernels.kv_attention import mosaic_gpu_append, mosaic_gpu_fragments
 from pallas_kernels.kv_attention.reference import rotary_tables
 from pallas_kernels.kv_attention.tensor import KVArrays
@@ -216,15 +215,6 @@ def check(case, plan, limit=1.5e-2):
 def test_equals_float64(on_the_emulator, case, blocks, options):
     case = Case(**case)
     check(case, case.plan(blocks, warps=8, **options))
-
-
-def test_a_wide_x_is_taken_in_turns(on_the_emulator, monkeypatch):
-    """The MLP's x is larger than its room: two turns, the second short."""
-    monkeypatch.setattr(plan_module, "X_BYTES", 2 * 2 * 1024)
-    case = Case(batch=2, lengths=(17, 39), inner=1408, layers=1)
-    plan = case.plan(6, warps=8, splits=1)
-    assert plan.turns(plan.matrix("down")) == (2, 1024)
-    check(case, plan)
 
 
 def test_a_late_copy_is_waited_for(on_the_emulator):
