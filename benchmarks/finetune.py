@@ -74,14 +74,16 @@ def ours(arguments) -> dict:
 
 
 def peer(arguments) -> dict:
+    import bitsandbytes as bnb
+    import peft
     import torch
+    import transformers
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
 
     from qwen_jax.bench.models import MODELS
 
-    config = MODELS[arguments.model]
-    theirs = Qwen2Config(
+    config, device = MODELS[arguments.model], arguments.peer_device
+    theirs = transformers.Qwen2Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -90,40 +92,52 @@ def peer(arguments) -> dict:
         num_key_value_heads=config.num_kv_heads,
         tie_word_embeddings=config.tie_word_embeddings,
     )
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    folder = arguments.peer_folder
-    AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}
-    )
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16, attn_implementation="sdpa")
+    # As `from_pretrained` with a BitsAndBytesConfig leaves a checkpoint, without the detour by the disk.
+    for layer in model.model.layers:
+        for owner in (layer.self_attn, layer.mlp):
+            for name, old in list(owner.named_children()):
+                if isinstance(old, torch.nn.Linear):
+                    biased = old.bias is not None
+                    new = bnb.nn.Linear4bit(
+                        old.in_features, old.out_features, biased, torch.bfloat16, quant_type="nf4", device="meta"
+                    )
+                    new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+                    new.bias = old.bias
+                    setattr(owner, name, new.to(device))
+                    del old
+    model.is_loaded_in_4bit = True
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(model, LoraConfig(r=arguments.rank, lora_alpha=16, target_modules=names))
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=2e-4)
-    ids = torch.randint(0, config.vocab_size, (arguments.rows, arguments.length), device="cuda")
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
+    ids = torch.randint(0, config.vocab_size, (arguments.rows, arguments.length), device=device)
+    cuda = device == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds, losses = [], []
     for _ in range(arguments.steps):
-        torch.cuda.synchronize()
         start = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
+        losses.append(float(loss.detach()))  # waits
         seconds.append(time.perf_counter() - start)
     best = statistics.median(seconds[2:] or seconds)
     return {
         "peer": "PEFT Q-LoRA, bitsandbytes NF4",
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if cuda else device,
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, bnb)},
         "model": arguments.model,
         "step_seconds": round(best, 4),
         "tokens_per_second": round(arguments.rows * arguments.length / best, 1),
-        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "losses": [round(loss, 4) for loss in losses],
     }
 
 
@@ -139,7 +153,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--peer-folder", default="peer-model")
+    parser.add_argument("--peer-device", default="cuda")
     parser.add_argument("--output")
     arguments = parser.parse_args()
     result = (peer if arguments.peer else ours)(arguments)

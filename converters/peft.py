@@ -44,6 +44,7 @@ NEUTRAL = {
     "target_modules",
     "task_type",
 }
+SELECTION = ("exclude_modules", "layers_pattern", "layers_to_transform")  # of the targets; the tensors tell as well
 # Ways to begin that leave the base model's weights other than they were: the adapter alone is not the difference.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -136,9 +137,12 @@ def write(
     alpha: float,
     dropout: float = 0.0,
     rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    selection: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes an adapter whose modules all have this rank and alpha, as PEFT writes it; PEFT loads it.
+    """Writes an adapter as PEFT writes it; PEFT loads it.
 
     Args:
         folder: appears complete or not at all.
@@ -146,11 +150,17 @@ def write(
         config: of the base model.
         base_model: its name or folder, for adapter_config.json.
         targets: names of the adapted modules, each the end of a full name, e.g. "q_proj".
-        rank: of every module.
-        alpha: of every module.
+        rank: of every module that no pattern names.
+        alpha: likewise.
         dropout: that it was trained with; means nothing afterwards.
         rslora: whether the scale is alpha / √rank.
+        rank_pattern: the end of a module's name, or a regular expression for it → its rank; the first that fits.
+        alpha_pattern: likewise its alpha.
+        selection: which of the targets have a term, by the keys of `SELECTION`; None for all.
         overwrite: replace a folder that is there.
+
+    Raises:
+        ValueError: a module has another rank or scale than these settings give it.
     """
     with complete_or_absent(folder, overwrite) as temporary:
         write_files(
@@ -163,19 +173,23 @@ def write(
             alpha=alpha,
             dropout=dropout,
             rslora=rslora,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+            selection=selection,
         )
 
 
 def write_files(folder: Path, adapter: Adapter, config: ModelConfig, **settings) -> None:
     """The two files of `write`, each replaced in one move, in a folder that may hold other things."""
-    wanted = scale(settings["alpha"], settings["rank"], settings["rslora"])
+    ranks, alphas = (dict(settings.get(f"{what}_pattern") or {}) for what in ("rank", "alpha"))
     tensors: dict[str, np.ndarray] = {}
     for path, term in adapter.modules.items():
-        if len(term.a_RI) != settings["rank"] or not math.isclose(term.scale, wanted, rel_tol=1e-6):
-            raise ValueError(
-                f"{path}: rank {len(term.a_RI)} and scale {term.scale}, expected {settings['rank']} and {wanted}."
-            )
-        name = f"{PREFIX}{names.theirs(config.family, path)}"
+        name = names.theirs(config.family, path)
+        rank, alpha = _pattern(ranks, name, settings["rank"]), _pattern(alphas, name, settings["alpha"])
+        wanted = scale(alpha, rank, settings["rslora"])
+        if len(term.a_RI) != rank or not math.isclose(term.scale, wanted, rel_tol=1e-6):
+            raise ValueError(f"{path}: rank {len(term.a_RI)} and scale {term.scale}, expected {rank} and {wanted}.")
+        name = f"{PREFIX}{name}"
         tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(term.a_RI, np.float32)
         tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(term.b_OR, np.float32)
     for path, array in adapter.saved.items():
@@ -196,8 +210,9 @@ def write_files(folder: Path, adapter: Adapter, config: ModelConfig, **settings)
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        **{key: (settings.get("selection") or {}).get(key) for key in SELECTION},
     }
     save_file(tensors, folder / f".{WEIGHTS}.new", metadata={"format": "pt"})
     (folder / f".{CONFIG}.new").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -135,7 +135,9 @@ class CheckpointWeights:
         """One matrix, on the device, in the kernel's layout and the dtype it is kept in."""
         if isinstance(weight, DenseTensor):
             dtype = kept_dtype(weight.dtype, self.dtype)
-            weight = DenseTensor(np.asarray(weight.data).astype(dtype, copy=False), dtype, weight.in_features, weight.layout)
+            weight = DenseTensor(
+                np.asarray(weight.data).astype(dtype, copy=False), dtype, weight.in_features, weight.layout
+            )
         return pack(weight, self.kernels) if self.prepack else jax.tree.map(jnp.asarray, weight)
 
 

@@ -248,8 +248,6 @@ def _finite(metrics: Metrics, step: int) -> Metrics:
 
 def _write(out: Path, adapter, template, config, base_model: str, settings: FinetuneSettings) -> None:
     old = template.settings
-    if old and (old.get("rank_pattern") or old.get("alpha_pattern")):
-        raise ValueError("adapter: ranks differ between modules, which is read but not written.")
     peft.write_files(
         out,
         adapter,
@@ -260,4 +258,7 @@ def _write(out: Path, adapter, template, config, base_model: str, settings: Fine
         alpha=old["lora_alpha"] if old else settings.alpha,
         dropout=settings.dropout,
         rslora=bool(old.get("use_rslora")) if old else settings.rslora,
+        rank_pattern=old.get("rank_pattern"),
+        alpha_pattern=old.get("alpha_pattern"),
+        selection=old,
     )

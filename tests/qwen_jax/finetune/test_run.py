@@ -1,5 +1,6 @@
 """Whole runs: interrupted and taken up, refused, merged; and through the command line."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 
 from converters import peft
 from qwen_jax import QwenForCausalLM, cli
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import CheckpointError
 from qwen_jax.finetune import Example, FinetuneSettings, collect, finetune, merge
 from qwen_jax.finetune.programs import schedule
@@ -67,6 +69,24 @@ def test_an_interrupted_run_comes_to_the_same_losses(tmp_path):
     with pytest.raises(CheckpointError, match="holds something else"):
         run(tmp_path / "notes")
     assert (tmp_path / "notes" / "diary.txt").exists()
+
+
+def test_an_adapter_with_patterns_goes_on(tmp_path):
+    """Ranks and alphas by module, one layer left out, rsLoRA: what is written is of the same kind, only trained."""
+    start = SMALL / "lora" / "peft_patterns"
+    settings = dataclasses.replace(SETTINGS, epochs=1, dropout=0.0, weight_decay=0.0)
+    finetune(SMALL / "source", dataset(count=2), tmp_path / "out", settings, dtype="float32", adapter=start)
+    before, after = (load_file(folder / peft.WEIGHTS) for folder in (start, tmp_path / "out"))
+    assert {name: array.shape for name, array in before.items()} == {name: a.shape for name, a in after.items()}
+    assert all((before[name] != after[name]).any() for name in before if "lora_B" in name)
+    old, new = (json.loads((folder / peft.CONFIG).read_text()) for folder in (start, tmp_path / "out"))
+    for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules"):
+        assert new[key] == old[key], key
+    config = ModelConfig.from_folder(SMALL / "source")
+    first, second = (peft.read(folder, config) for folder in (start, tmp_path / "out"))
+    assert {path: term.scale for path, term in first.modules.items()} == {
+        path: term.scale for path, term in second.modules.items()
+    }
 
 
 def test_bad_settings_are_refused(tmp_path):
