@@ -91,10 +91,33 @@ def quantization(file: pathlib.Path) -> plt.Figure:
     return figure
 
 
+def two_cards(file: pathlib.Path) -> plt.Figure:
+    """How many times as fast two cards are, with the least that was asked for."""
+    found = []
+    for cells in rows(file):
+        if len(cells) == 6 and (times := number(cells[4])) is not None and "second call" not in cells[0]:
+            least = re.match(r"([\d.]+) / ", cells[5])
+            found.append((cells[0].split(" (")[0], times, float(least[1]) if least else None))
+    figure, axes = plt.subplots(figsize=(8, 0.38 * len(found) + 0.9))
+    for position, (_, times, least) in enumerate(found):
+        axes.barh(position, times, 0.6, color=OURS)
+        axes.text(times + 0.02, position, f"{times:.2f}", va="center", fontsize=8)
+        if least is not None:
+            axes.plot([least, least], [position - 0.38, position + 0.38], color="black", linewidth=1.5)
+    axes.plot([], [], color="black", linewidth=1.5, label="asked for")
+    axes.set_xlim(1, 2.05)
+    axes.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("two H100 over one, times as fast (2 is all there is)")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
 SOURCES = {
     "h100_matmul": (matmul, "h100_quantized_matmul.md"),
     "cpu_decode": (cpu, "cpu_llama_cpp.md"),
     "quantization": (quantization, "quantization_smollm2.md"),
+    "two_cards": (two_cards, "two_cards.md"),
 }
 
 
