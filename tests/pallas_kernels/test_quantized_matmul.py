@@ -116,8 +116,8 @@ def test_small_shapes_in_float32(shape, chip):
 
 @pytest.mark.parametrize(
     ("group_size", "chip"),
-    [(64, "cpu"), (128, "cpu"), (20, "cpu"), (200, "cpu"), (128, CHIPS[1])],
-    ids=["group64", "group128", "group20", "per-channel", "group128-elsewhere"],
+    [(64, "cpu"), (128, "cpu"), (20, "cpu"), (200, "cpu"), (128, CHIPS[1]), (20, CHIPS[1])],
+    ids=["group64", "group128", "group20", "per-channel", "group128-elsewhere", "group20-elsewhere"],
 )
 @pytest.mark.parametrize("bits", [2, 3, 4, 8], ids="{}bits".format)
 def test_bits_and_groups(bits, group_size, chip):
@@ -222,11 +222,21 @@ def test_choice_by_chip_and_rows(caplog):
     ]
     assert "float32 dot" in choose(dataclasses.replace(shape, rows=9), "cpu").form
     assert "float32 dot" in choose(dataclasses.replace(shape, group_size=20), "cpu").form
-    assert choose(shape, "NVIDIA A100-SXM4-80GB", "xla").form == "dequantized inside a bfloat16 dot"
+    for rows, chip, form in ((3, CHIPS[1], "a sum"), (4, CHIPS[1], "a bfloat16 dot"), (1, "TPU v5", "a bfloat16 dot")):
+        assert form in choose(dataclasses.replace(shape, rows=rows), chip, "xla").form
     with pytest.raises(ValueError, match=r"kernels='fast' is none of \['auto', .*'xla'\]"):
         choose(shape, "cpu", "fast")
     with pytest.raises(ValueError, match="kernels='xla' cannot run .* layout 'gptq', not 'other'"):
         choose(dataclasses.replace(shape, layout="other"), "cpu", "xla")
+
+
+def test_a_gpu_reads_words_for_one_row():
+    """Nothing as large as the dequantized matrix is an operand of a dot."""
+    weight, _ = make(MatmulShape(1, 256, 64))
+    traced = jax.jit(functools.partial(quantized_matmul, kernels="xla", chip=CHIPS[1])).trace
+    for rows, dots in ((1, 0), (8, 1)):
+        text = traced(jnp.ones((rows, 256), jnp.bfloat16), weight).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("stablehlo.dot_general") == dots
 
 
 def test_prepacking_on_a_cpu_changes_nothing():
