@@ -29,6 +29,11 @@ def _bits(key: str) -> Callable[[Record], str | None]:
     return lambda record: None if record.get(key) is None else {16: "16-bit"}.get(record[key], f"int{record[key]}")
 
 
+def yes_no(key: str) -> Callable[[Record], str | None]:
+    """Shows a truth as yes or **no**: a miss is to be seen."""
+    return lambda record: None if record.get(key) is None else "yes" if record[key] else "**no**"
+
+
 def _mesh(record: Record) -> str | None:
     return None if record.get("mesh") in (None, "1x1") else record["mesh"]
 
@@ -52,7 +57,13 @@ _ONE_DEVICE = [
     Column("tokens", text("same_tokens")),
     Column("one device failed", text("one_device_failed")),
 ]
-_FAILED = Column("failed", text("failed"))
+_TARGETS = [
+    Column("target", text("target")),
+    Column("met", yes_no("met")),
+    Column("aim", text("aim")),
+    Column("reached", yes_no("aim_met")),
+    Column("failed", text("failed")),
+]
 
 COLUMNS: dict[str, list[Column]] = {
     "decode": [
@@ -62,9 +73,10 @@ COLUMNS: dict[str, list[Column]] = {
         Column("ms/step", number("step_ms", ".3f")),
         Column("floor ms", number("floor_ms", ".3f")),
         *_RATE,
+        Column("× peer", number("times_peer", ".2f")),
         Column("peak GB", number("peak_bytes", ".2f", 1e-9)),
         *_ONE_DEVICE,
-        _FAILED,
+        *_TARGETS,
     ],
     "prefill": [
         *_MODEL,
@@ -75,7 +87,7 @@ COLUMNS: dict[str, list[Column]] = {
         Column("TFLOP/s", number("teraflops", ".1f")),
         Column("peak GB", number("peak_bytes", ".2f", 1e-9)),
         *_ONE_DEVICE,
-        _FAILED,
+        *_TARGETS,
     ],
     "matmul": [
         Column("in × out", lambda record: f"{record['in']} × {record['out']}"),
@@ -88,7 +100,10 @@ COLUMNS: dict[str, list[Column]] = {
         *_RATE,
         Column("error", number("error", ".1e")),
         Column("kernel", text("kernel")),
-        _FAILED,
+        Column("fastest peer", text("fastest_peer")),
+        Column("its µs", number("peer_us")),
+        Column("× it", number("of_peer", ".2f")),
+        *_TARGETS,
     ],
     "attention": [
         Column("model", text("model")),
@@ -100,18 +115,20 @@ COLUMNS: dict[str, list[Column]] = {
         Column("floor µs", number("floor_us", ".1f")),
         Column("of floor", number("of_floor", ".0%")),
         *_RATE,
+        Column("× 16-bit", number("times_16_bit", ".2f")),
         Column("error", number("error", ".1e")),
-        _FAILED,
+        *_TARGETS,
     ],
     "memory": [
         *_MODEL[:5],
         Column("peak GB", number("peak_bytes", ".2f", 1e-9)),
+        Column("as compiled GB", number("compiled_bytes", ".2f", 1e-9)),
         Column("how", text("how")),
         Column("making weights GB", number("peak_bytes_of_making", ".2f", 1e-9)),
         Column("weights GB", number("weight_bytes", ".2f", 1e-9)),
         Column("cache GB", number("cache_bytes", ".2f", 1e-9)),
         Column("rest GB", number("rest_bytes", ".2f", 1e-9)),
-        _FAILED,
+        *_TARGETS,
     ],
 }
 

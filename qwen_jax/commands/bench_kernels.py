@@ -1,5 +1,6 @@
-"""`qwen-jax bench matmul` and `attention`: one operation by itself."""
+"""`qwen-jax bench matmul` and `attention`: one operation by itself; `report`: results drawn."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -90,3 +91,25 @@ def attention_models(models: list[str] | None, shapes: list[str] | None) -> list
     check_values("model", models or [], list(MODELS))
     found = [(text, parse_shape(text)) for text in shapes or ()]
     return found + [(name, dims_of(name)) for name in models or (() if shapes else ("qwen-7b",))]
+
+
+def report(
+    file: Annotated[list[Path], typer.Argument(help="What other commands wrote with --output.")],
+    output: Annotated[Path, typer.Option(help="Folder for report.md and its figures.")] = Path("report"),
+    debug: Debug = False,
+):
+    """Draw results: a page of Markdown and figures as PNG (roofline, peers, attention, decode)."""
+    from ..bench import report
+
+    sets, failed = report.read(file)
+    with status("Drawing"):
+        from ..plots.bench import figures
+
+        output.mkdir(parents=True, exist_ok=True)
+        names = {}
+        for name, drawing in figures(sets).items():
+            drawing.savefig(output / f"{name}.png", dpi=150)
+            names[drawing.axes[0].get_title(loc="left") or name] = f"{name}.png"
+    page = output / "report.md"
+    page.write_text(report.markdown(sets, failed, names), encoding="utf-8")
+    typer.echo(f"{page}, with {', '.join(names.values()) or 'no figure'}")
