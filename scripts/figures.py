@@ -95,7 +95,8 @@ def two_cards(file: pathlib.Path) -> plt.Figure:
     """How many times as fast two cards are, with the least that was asked for."""
     found = []
     for cells in rows(file):
-        if len(cells) == 6 and (times := number(cells[4])) is not None and not re.search("second call|withdrawn", cells[0]):
+        times = number(cells[4]) if len(cells) == 6 else None
+        if times is not None and not re.search("second call|withdrawn", cells[0]):
             least = re.match(r"([\d.]+) / ", cells[5])
             found.append((cells[0].split(" (")[0], times, float(least[1]) if least else None))
     figure, axes = plt.subplots(figsize=(8, 0.38 * len(found) + 0.9))
