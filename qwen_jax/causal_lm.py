@@ -88,7 +88,7 @@ class QwenForCausalLM:
         max_length: int | None = None,
         lm_head: str | None = None,
         adapter: str | Path | None = None,
-        one_launch: bool = False,
+        one_launch: bool = True,
         progress: Progress | None = None,
     ) -> "QwenForCausalLM":
         """Loads a Hub id, a Hugging Face folder (float, GPTQ, compressed-tensors) or a folder written by `convert`.
@@ -105,9 +105,9 @@ class QwenForCausalLM:
             lm_head: "int8" rounds the output projection to 8 bits (other numbers than the checkpoint's); None keeps it.
             adapter: a LoRA adapter's folder, of PEFT or of `qwen-jax finetune`: it runs beside the weights, which stay
                 as they are.
-            one_launch: on one Hopper GPU, decode few rows with all layers in one kernel launch: faster, and not the
-                default before its last form has run on a card. Where it cannot, a warning says why.
-            progress: called with the bytes of Hugging Face files read so far and their number.
+            one_launch: on Hopper GPUs, decode up to 8 rows with all layers in one kernel launch where that kernel takes
+                the model (`qwen-jax info` says so, and why not); False: a kernel at a time.
+            progress: called with the bytes read so far and their number.
 
         Raises:
             CheckpointError: files missing, damaged or of a kind that is not read.

@@ -1,8 +1,8 @@
 """A decode step of a whole block of layers in one kernel launch, where the block is what that kernel takes.
 
 Few rows leave a GPU waiting for launches: eleven kernels a layer, each with its first bytes' latency. The kernel of
-`pallas_kernels.decode_step` walks all layers of a block instead, where it is asked for (`one_launch`): its last form
-has not run on a card yet (benchmarks/results/h100_decode.md). Everything else takes the layers one by one.
+`pallas_kernels.decode_step` walks all layers of a block instead (benchmarks/results/h100_decode.md); `one_launch=False`
+and whatever it does not take walk them one by one.
 """
 
 import functools
@@ -93,9 +93,9 @@ def run(block, hidden_BTD, step, kv):
 
 @functools.cache
 def log_choice(layers: range, reason: str | None) -> None:
-    """Says once which form decodes a block, where one launch was asked for."""
+    """Says once which form decodes a block on a chip that the kernel is written for."""
     where = f"decode of layers {layers.start}–{layers.stop - 1}"
     if reason is None:
         _logger.info("%s: one launch", where)
     else:
-        _logger.warning("%s: one_launch was asked for, but a kernel at a time runs: %s.", where, reason)
+        _logger.info("%s: a kernel at a time, not one launch: %s", where, reason)

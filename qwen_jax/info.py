@@ -258,7 +258,7 @@ def _attention(config: ModelConfig, chip: str, kernels: str, dtype: str) -> list
 
 
 def _decode_step(config: ModelConfig, matrices: list[Matrix], chip: str, kernels: str, dtype: str) -> str:
-    """How the layers of a decode step run: a kernel at a time, or on demand in one launch for so many rows."""
+    """How the layers of a decode step run: in one launch for so many rows, or a kernel at a time."""
     reason = None if kernels in ("auto", "mosaic_gpu") else f"kernels={kernels!r} is asked for"
     stacks = [m for m in matrices if m.layers]
     if reason is None and chip not in decode_step.MULTIPROCESSORS:
@@ -269,9 +269,9 @@ def _decode_step(config: ModelConfig, matrices: list[Matrix], chip: str, kernels
         refusals = {rows: _refusal(config, stacks, chip, dtype, rows) for rows in range(1, decode_step.MOST_ROWS + 1)}
         most = max((rows for rows, refusal in refusals.items() if refusal is None), default=0)
         if most:
-            return f"a kernel at a time; with one_launch=True up to {most} rows in one launch"
+            return f"all layers in one launch up to {most} rows, a kernel at a time for more"
         reason = refusals[1]
-    return f"a kernel at a time (one_launch=True changes nothing: {reason})"
+    return f"a kernel at a time (not in one launch: {reason})"
 
 
 def _refusal(config: ModelConfig, stacks: list[Matrix], chip: str, dtype: str, rows: int) -> str | None:

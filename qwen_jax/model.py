@@ -198,7 +198,7 @@ class Decoder(nnx.Module):
         dtype: str,
         kernels: str = "auto",
         unroll: bool = False,
-        one_launch: bool = False,
+        one_launch: bool = True,
     ):
         self.embedding = weights.embedding()
         self.blocks = nnx.List([DecoderLayer(config, weights, layers, kernels) for layers in weights.blocks()])

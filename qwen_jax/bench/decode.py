@@ -67,7 +67,7 @@ def build(
     kernels: str = "auto",
     layers: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    one_launch: bool = False,
+    one_launch: bool = True,
     as_on_mesh: bool = False,
 ) -> Decoder:
     """A model of the named dimensions with random weights; `layers` shortens it, `mesh` spreads it over devices.

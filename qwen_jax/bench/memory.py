@@ -41,7 +41,7 @@ def measure(
     layers: int | None = None,
     dtype: str = "bfloat16",
     kernels: str = "auto",
-    one_launch: bool = False,
+    one_launch: bool = True,
     patience: float = 240,
 ) -> dict[str, Any]:
     """One record.

@@ -31,7 +31,10 @@ Mesh = Annotated[
     str | None, typer.Option(help="Devices for rows x each layer (x the cache's length), as 1x2.", metavar="DxM[xS]")
 ]
 Check = Annotated[bool, typer.Option("--check", help="With --mesh: also time one device, and compare greedy tokens.")]
-OneLaunch = Annotated[bool, typer.Option("--one-launch", help="All layers of a step in one launch (Hopper).")]
+OneLaunch = Annotated[
+    bool,
+    typer.Option("--one-launch/--no-one-launch", help="All layers of a step in one launch, where it can (Hopper)."),
+]
 Rounds = Annotated[int, typer.Option(help="Timed repetitions, after a warm-up.", min=1)]
 
 
@@ -50,7 +53,7 @@ def decode(
     layers: Layers = None,
     mesh: Mesh = None,
     check: Check = False,
-    one_launch: OneLaunch = False,
+    one_launch: OneLaunch = True,
     dtype: Dtype = "auto",
     kernels: Kernels = "auto",
     rounds: Rounds = 5,
@@ -108,7 +111,7 @@ def memory(
     batch: Batch = [1],  # noqa: B006
     context: Context = [2048],  # noqa: B006
     layers: Layers = None,
-    one_launch: OneLaunch = False,
+    one_launch: OneLaunch = True,
     dtype: Dtype = "auto",
     kernels: Kernels = "auto",
     output: Output = None,

@@ -20,10 +20,11 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 def build(base: str, **changes):
     """A decoder of two small layers of a family, its weights as an H100 wants them."""
+    bits = changes.pop("bits", 4)
     small = dict(num_layers=2, hidden_size=512, intermediate_size=640, num_heads=4, vocab_size=256)
     small |= dict(num_kv_heads=4 if base == "qwen-7b" else 2, head_dim=128, sliding_layers=(False,) * 2)
-    config = dataclasses.replace(MODELS[base], **small)
-    weights = RandomWeights(config, bits=changes.pop("bits", 4), dtype="bfloat16")
+    config = dataclasses.replace(MODELS[base], **small | changes)
+    weights = RandomWeights(config, bits=bits, dtype="bfloat16")
     return Decoder(config, weights, dtype="bfloat16", unroll=True, one_launch=True)
 
 
