@@ -4,8 +4,9 @@
     python benchmarks/hopper.py --only matmul torch_matmul --output matmul.json
 
 Every part is a process of its own with a time limit, so that its memory comes back; one that fails is reported, and the
-others go on. All parts compile side by side from the start and then take turns on the device: first the peers, then
-ours. A part's name with --only is one of those that --help lists. `qwen-jax bench report` draws the result.
+others go on. Ours compile side by side from the start and take turns on the device; then come the peers, one after the
+other. Humming's kernels, which take nvcc a minute, are compiled from the start too, at the lowest priority.
+`qwen-jax bench report` draws the result.
 """
 
 import argparse
@@ -44,16 +45,20 @@ def many(option: str, values) -> list[str]:
 
 
 def parts(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Part]:
-    """All parts by name, peers first, in the order of their turns."""
+    """All parts by name; peers in the order in which they run."""
     shapes, rows = options.shapes, options.rows
     words = [str(count) for count in rows]
     bench, peers = [PYTHON, "-m", "qwen_jax", "bench"], ROOT / "benchmarks" / "peers"
     found = {
         "torch_matmul": Part([PYTHON, str(peers / "torch_matmul.py"), "--shapes", *shapes, "--rows", *words], 90, True),
+        "torch_decode": Part(
+            [PYTHON, str(peers / "torch_decode.py"), "--models", "7B", "--batch", "1", "32", "--modes", "compiled"],
+            150,
+            True,
+        ),
         "humming": Part(
             [PYTHON, str(peers / "humming_matmul.py"), "--compiled", "--shapes", *shapes, "--rows", *words], 90, True
         ),
-        "torch_decode": Part([*torch_decode(options), "--rounds", "7"], 150, True),
         "matmul": Part([*bench, "matmul", *many("--shape", shapes), *many("--rows", rows)], options.patience),
         "matmul_int8": Part(
             [*bench, "matmul", "--bits", "8", *many("--shape", shapes), *many("--rows", [r for r in rows if r <= 64])],
@@ -78,10 +83,20 @@ def parts(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Part]:
     return found
 
 
-def torch_decode(options: argparse.Namespace) -> list[str]:
-    """The peer's command."""
-    script = str(ROOT / "benchmarks" / "peers" / "torch_decode.py")
-    return [PYTHON, script, "--models", "7B", "--batch", *options.torch_batch, "--modes", "compiled"]
+def compiling(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Commands that fill Humming's cache, by name."""
+    if "humming" not in options.only:
+        return {}
+    script, halves = str(ROOT / "benchmarks" / "peers" / "humming_matmul.py"), (options.rows[:4], options.rows[4:])
+    return {
+        f"humming compiles {shape}, {rows[0]} to {rows[-1]} rows": [
+            *(PYTHON, script, "--compile-only", "--shapes", shape, "--rows"),
+            *map(str, rows),
+        ]
+        for shape in options.shapes
+        for rows in halves
+        if rows
+    }
 
 
 class Run:
@@ -172,24 +187,22 @@ def card() -> dict[str, str]:
 def main() -> None:
     """Runs the parts asked for; exit code 1 where one of them did not end well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["torch_matmul", "humming", "torch_decode", "matmul", "matmul_int8", "matmul_xla", "attention", *MODELS]
+    names = ["torch_matmul", "torch_decode", "humming", "matmul", "matmul_int8", "matmul_xla", "attention", *MODELS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--wheel", type=pathlib.Path, help="of Humming; default: the installed package")
     parser.add_argument("--limit", type=float, default=420, help="seconds of the whole run")
-    parser.add_argument("--prepare", type=float, default=100, help="seconds that peers may compile before turns begin")
+    parser.add_argument("--share", type=float, default=0.6, help="of the limit, after which ours leave it to the peers")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="of the matmuls")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--batch", nargs="+", type=int, default=(1, 8, 32), help="of attention")
     parser.add_argument("--context", nargs="+", type=int, default=(2048, 16384), help="of attention")
-    parser.add_argument("--torch-batch", nargs="+", default=("1", "32"))
     parser.add_argument("--logs", type=pathlib.Path, help="a folder for what parts print; default: a passing one")
     options = parser.parse_args()
     options.patience, options.models = options.limit, [name for name in MODELS if name in options.only]
     with tempfile.TemporaryDirectory(prefix="hopper-") as name:
         folder = pathlib.Path(name) if options.logs is None else options.logs.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "open").unlink(missing_ok=True)
         run_parts(options, folder)
 
 
@@ -208,32 +221,19 @@ def run_parts(options: argparse.Namespace, folder: pathlib.Path) -> None:
     chosen = {name: part for name, part in parts(options, folder).items() if name in options.only}
     finish = run.begin + options.limit
     ours = {name: run.start(name, part.command) for name, part in chosen.items() if not part.peer}
-    preparing = {}
-    if "humming" in chosen:
-        script = str(ROOT / "benchmarks" / "peers" / "humming_matmul.py")
-        for shape in options.shapes:
-            for number, rows in enumerate((options.rows[:4], options.rows[4:])):
-                if rows:
-                    words = [PYTHON, script, "--compile-only", "--shapes", shape, "--rows", *map(str, rows)]
-                    name = f"humming compiles {shape} {number}"
-                    preparing[name] = run.start(name, words)
-    if "torch_decode" in chosen:
-        preparing["torch compiles"] = run.start(
-            "torch compiles", [*torch_decode(options), "--steps", "1", "--rounds", "1"]
-        )
+    peers = {name: part for name, part in chosen.items() if part.peer}
+    preparing = {name: run.start(name, ["nice", "-n", "19", *command]) for name, command in compiling(options).items()}
     run.say(f"{len(ours)} parts and {len(preparing)} preparations started")
-    until = min(finish, run.begin + options.prepare)
+    until = run.begin + options.limit * (options.share if peers else 1)
     try:
-        for name, process in preparing.items():
-            run.wait(name, process, until)
-        for name, part in chosen.items():
-            if part.peer:
-                run.wait(name, run.start(name, part.command), min(finish, time.monotonic() + part.limit))
-                write(options.output, run, chosen, facts)
-        (folder / "open").touch()
-        run.say("ours take turns")
         for name, process in ours.items():
-            run.wait(name, process, finish)
+            run.wait(name, process, until)
+            write(options.output, run, chosen, facts)
+        for name, part in peers.items():
+            if name == "humming":
+                for other, process in preparing.items():
+                    run.wait(other, process, finish - 30)
+            run.wait(name, run.start(name, part.command), min(finish, time.monotonic() + part.limit))
             write(options.output, run, chosen, facts)
     finally:
         for process in [*ours.values(), *preparing.values()]:

@@ -17,8 +17,8 @@ from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
 # Rows of the matrix that fill whole words: 8 of 4 bits in one, 32 of 3 bits in three.
 UNITS = {2: 16, 3: 32, 4: 8, 8: 4}
-# x rows up to which `_column_sums` runs on a GPU. One row of 4096 x 11008 on an H100, timed while other programs compiled:
-# 27 µs, where the dot takes 93. Were the words read again for every row, it would still be faster up to three.
+# x rows up to which `_column_sums` runs on a GPU. One row of 4096 x 11008 on an H100, beside other work:
+# 27 µs where the dot took 93. Were the words read again for every row, it would still be faster up to three.
 SUM_ROWS = 3
 
 

@@ -7,7 +7,6 @@ function `main` in a fresh interpreter: it gets jobs as JSON, prints one JSON li
 import contextlib
 import fcntl
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -28,7 +27,7 @@ class Turn:
     """`with turn:` waits until every worker is ready (at most `patience` seconds), then for the device.
 
     Whoever runs several benchmarks side by side names a folder in QWEN_JAX_BENCH_TURNS: they then share the device's
-    lock there, and wait for a file `open` in it, however long that takes.
+    lock there.
     """
 
     def __init__(self, folder: str | None = None, workers: int = 1, patience: float = 0.0):
@@ -42,9 +41,8 @@ class Turn:
             ready = pathlib.Path(self.folder) / "ready"
             ready.mkdir(exist_ok=True)
             (ready / str(os.getpid())).touch()
-            _wait(lambda: len(list(ready.iterdir())) >= self.workers, deadline)
-        if shared is not None:
-            _wait((pathlib.Path(shared) / "open").exists, math.inf)
+            while len(list(ready.iterdir())) < self.workers and time.monotonic() < deadline:
+                time.sleep(0.1)
         if (folder := shared or self.folder) is not None:
             self._lock = open(pathlib.Path(folder) / "device.lock", "w")  # noqa: SIM115
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -52,11 +50,6 @@ class Turn:
     def __exit__(self, *_) -> None:
         if self._lock is not None:
             self._lock.close()
-
-
-def _wait(done: Callable[[], bool], deadline: float) -> None:
-    while not done() and time.monotonic() < deadline:
-        time.sleep(0.1)
 
 
 def environment() -> dict[str, str]:
