@@ -144,6 +144,14 @@ class Checkpoint:
         where = self._where(path)
         return Module(reader.read(parts, settings, config, in_features, where, rows, columns, out_features), bias)
 
+    def read_permutation(self, path: str) -> np.ndarray | None:
+        """The act-order of a module, int32 [in], as `read` gives it; nothing else of the module is read."""
+        if (found := self._format(path)) is None:
+            return None
+        (reader, settings, _), indices = found, ("g_idx", "weight_g_idx")
+        parts = {name: tensor.read() for name, tensor in self._parts(path).items() if name in indices}
+        return reader.read_permutation(parts, settings, self._modules[path][0], self._where(path))
+
     def read_vector(self, path: str) -> np.ndarray:
         """A norm's scale, e.g. "layers.0.attention_norm.scale", in the file's dtype."""
         if path not in self._vectors:

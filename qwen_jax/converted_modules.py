@@ -92,6 +92,11 @@ class ConvertedModules:
             return Module(QuantizedTensor(**leaves, **statics), bias)
         return Module(DenseTensor(leaves["data"], **statics), bias)
 
+    def read_permutation(self, path: str) -> np.ndarray | None:
+        """See `Checkpoint.read_permutation`."""
+        name, layer, _ = self._find(path)
+        return self._read(f"{name}.permutation", layer)
+
     def read_vector(self, path: str) -> np.ndarray:
         """See `Checkpoint.read_vector`."""
         return orbax.read_array(self.folder, *self._stacked(path))

@@ -165,7 +165,8 @@ class ShardedWeights(CheckpointWeights):
         config = self.whole_config
         if path == "mlp":
             rows_NI, _ = self._rows("mlp.down", layer)
-            permutation = self._permutation(f"layers.{layer}.mlp.down")
+            down = f"layers.{layer}.mlp.down"
+            permutation = self.checkpoint.read_permutation(down) if self.checkpoint.spec(down).has_permutation else None
             columns_NF = rows_NI if permutation is None else np.where(rows_NI < 0, -1, permutation[rows_NI])
             return {"gate": columns_NF, "up": columns_NF}
         query, key = (self._head_columns(table) for table in (self.layout.query_table, self.layout.kv_table))
@@ -186,9 +187,6 @@ class ShardedWeights(CheckpointWeights):
 
     def _head_columns(self, table) -> np.ndarray:
         return self.placement.each(head_columns(table, self.whole_config.head_dim))
-
-    def _permutation(self, path: str) -> np.ndarray | None:
-        return self.checkpoint.read(path).weight.permutation if self.checkpoint.spec(path).has_permutation else None
 
     def _gathered_places(self, permutation: np.ndarray) -> np.ndarray:
         """Where each stored row finds its input in the devices' attention outputs, laid one behind the other."""

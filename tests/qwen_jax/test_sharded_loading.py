@@ -129,3 +129,26 @@ def test_reads_are_counted_by_the_system(tmp_path):
     got = tensor.read_box((slice(0, 1024), slice(1536, 2048)), (slice(256, 512),))
     assert characters() - before < got.nbytes * 1.02
     np.testing.assert_array_equal(got, data[np.r_[0:1024, 1536:2048], 256:512])
+
+
+def test_what_is_read_whole(monkeypatch):
+    """The bound for what does not come in byte ranges: zero-points take 1 / group of the words they belong to, group
+    indices and biases 4 bytes a row or column; words of act-order split by rows are read once by each host."""
+    source = Checkpoint(GOLDEN / ACT_ORDER / "quantized")
+    weights = ShardedWeights(source, parse_mesh("1x4"), dtype="float32")
+    rows = ("layers.0.attention.output", "layers.0.mlp.down")
+    paths = [path for path, _ in pieces(weights, 0)]
+    for path in paths:
+        stored, spec = source._stored[path], source.spec(path)
+        assert stored["qzeros"].nbytes * spec.group_size <= stored["qweight"].nbytes
+        others = sum(stored[name].nbytes for name in ("g_idx", "bias") if name in stored)
+        assert others <= 4 * (spec.in_features + spec.out_features)
+    counts = bytes_read(monkeypatch)
+    for number in range(4):
+        read = {}
+        for path, _ in pieces(weights, number):
+            read[path] = sum(counts)
+            counts.clear()
+        for path, found in read.items():  # of two key/value heads each of four devices has one
+            whole = source._stored[path]["qweight"].nbytes + source._stored[path]["scales"].nbytes
+            assert found == whole if path in rows else found <= 0.5 * whole, path
