@@ -86,7 +86,7 @@ def run(block, hidden_BTD, step, kv):
         epsilon=block.attention_norm.epsilon,
         sliding_window=block.attention.sliding_window,
         first_layer=block.first,
-        axis=block.mlp.down.axis if isinstance(block.mlp.down, RowParallelLinear) else None,
+        axis=getattr(block.attention.output, "axis", None),  # of the heads; the MLP's has no more devices here
     )
     return hidden_BD[:, None], kv
 

@@ -135,7 +135,7 @@ def emulate(case, count, blocks, seed, **options):
     [
         (dict(inner=512, batch=2, lengths=(39, 64)), 2, 3, 0),
         # Column strips do not divide evenly: two blocks share some. The newest push lands first.
-        (dict(inner=512, hidden=384, lengths=(39,), quantized=False, bias=False), 2, 5, 1),
+        (dict(inner=512, hidden=384, lengths=(39,), layers=1, quantized=False, bias=False), 2, 5, 1),
         pytest.param(
             dict(inner=384, heads=3, kv_heads=3, batch=3, lengths=(1, 20, 33), qk_norm=True, layers=1), 3, 2, 2,
             marks=pytest.mark.slow,
