@@ -98,8 +98,9 @@ class QwenForCausalLM:
             dtype: of activations: "float32", "bfloat16", "float16", or "auto" (bfloat16 where the device computes in
                 it, float32 on a CPU). Float weights are kept in it, or in the file's own 16 bits under float32.
             use_cache_quantization: keep keys and values in 8 bits.
-            mesh: a `jax.sharding.Mesh` with the axes "data" (rows of a batch) and "model" (heads, MLP, vocabulary), in
-                either order, Explicit or Auto, of any sizes; None for one device.
+            mesh: a `jax.sharding.Mesh` with the axes "data" (rows of a batch), "model" (heads, MLP, vocabulary) and, if
+                wanted, "sequence" (a long cache's length), in any order, Explicit or Auto, of any sizes; None for one
+                device.
             kernels: "auto" or the name of a kernel ("xla", "mosaic_gpu", …); see `qwen-jax info`.
             max_length: tokens a cache holds at most, prompt and answer; None for the model's own context.
             lm_head: "int8" rounds the output projection to 8 bits (other numbers than the checkpoint's); None keeps it.
