@@ -7,9 +7,7 @@ parts is merged by the last block to finish one (`mosaic_gpu_merge`). Arithmetic
 
 import dataclasses
 import functools
-import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.kv_attention import mosaic_gpu_tuned
 from pallas_kernels.kv_attention.mosaic_gpu_fragments import TileShape, cache_transforms
 from pallas_kernels.kv_attention.mosaic_gpu_merge import FastMerge
 from pallas_kernels.kv_attention.mosaic_gpu_schedule import Schedule
@@ -44,19 +43,28 @@ class Plan:
 
 @functools.cache
 def tuned() -> list[dict]:
-    """The searched table, best match first: see `plan_for`."""
-    return json.loads((pathlib.Path(__file__).parent / "tuned" / "mosaic_gpu.json").read_text())["plans"]
+    """The searched table, best match first: see `plan_for`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return mosaic_gpu_tuned.read(mosaic_gpu_tuned.PATH)
 
 
 @functools.cache
 def plan_for(slots: int, kv_heads: int, length: int, share: int, head_dim: int, quantized: bool, biased: bool) -> Plan:
-    """Tile, ring and grid for a shape: the first entry of the tuned table that matches, its stages cut to what fits.
+    """Tile, ring and grid for a shape: the first entry of the tuned table that matches, its stages cut to what fits."""
+    facts = dict(share=share, head_dim=head_dim, quantized=quantized, biased=biased)
+    entry = next(row for row in tuned() if mosaic_gpu_tuned.matches(row["when"], facts))
+    return planned(entry, slots, kv_heads, length, **facts)
+
+
+def planned(entry, slots: int, kv_heads: int, length: int, share: int, head_dim: int, quantized, biased) -> Plan:
+    """The plan of a table's entry for a shape.
 
     The grid is what `_microseconds` says is fastest with every slot full, up to the tuned number of blocks resident.
     """
-    facts = dict(share=share, head_dim=head_dim, quantized=quantized, biased=biased)
-    entry = next(row for row in tuned() if all(_matches(facts[name], rule) for name, rule in row["when"].items()))
-    blocks, stages, resident = (entry[name] for name in ("blocks", "stages", "blocks_a_multiprocessor"))
+    blocks, stages, resident = (entry[name] for name in mosaic_gpu_tuned.NUMBERS)
     shape = TileShape(head_dim, share, blocks, quantized, "bfloat16", 1.0, "bfloat16" if biased else None)
     while resident * (shared_bytes(shape, stages) + 1024) > SHARED_BYTES:
         stages, resident = (stages - 1, resident) if stages > 2 or resident == 1 else (stages, resident - 1)
@@ -77,10 +85,6 @@ def _microseconds(shape: TileShape, items: int, tiles: int, workers: int) -> flo
     segments = (workers + items - math.gcd(workers, items)) / workers
     merging = 1.5 + 0.8 * math.ceil(workers / items / 8) if items % workers else 0.0
     return stream + 1.5 * segments + merging
-
-
-def _matches(value, rule) -> bool:
-    return rule[0] <= value <= rule[1] if isinstance(rule, list) else value == rule
 
 
 def _aligned(count: int, size: int) -> int:

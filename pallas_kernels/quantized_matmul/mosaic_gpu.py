@@ -7,7 +7,6 @@ shape; `form` says which.
 """
 
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
+from pallas_kernels.quantized_matmul import mosaic_gpu_tuned
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from pallas_kernels.quantized_matmul.stack import one_bias
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
@@ -122,23 +122,46 @@ def choose_tiling(shape: MatmulShape, chip: str) -> tuple[Any, str]:
 
 @functools.lru_cache(maxsize=4096)
 def _choose_tiling(rows: int, in_features: int, out_features: int, bits: int, group_size: int, chip: str):
-    small, large = _kernels()
-    entries = tuned(chip).get(f"{bits} bits, {in_features} x {out_features}", {})
+    entries = tuned(chip).get(mosaic_gpu_tuned.key(bits, in_features, out_features), {})
     # An entry holds for its rows and down to half as many.
     for limit in sorted(map(int, entries)):
         if limit / 2 < rows <= limit:
-            values = entries[str(limit)]["tiling"]
-            tiling = small.Tiling(*values) if len(values) == 3 else large.Tiling(*values)
+            tiling = tiling_of(entries[str(limit)]["tiling"])
+            # Tuned in groups of 128; smaller ones have more scales, for which a block may have no room.
             if fits(tiling, rows, in_features, out_features, bits, group_size):
                 return tiling, "tuned"
     return computed_tiling(rows, in_features, out_features, bits, group_size), "computed"
 
 
+def tiling_of(values) -> Any:
+    """A tiling from a table's list: three numbers for few rows, more for many."""
+    small, large = _kernels()
+    return small.Tiling(*values) if len(values) == 3 else large.Tiling(*values)
+
+
 @functools.cache
 def tuned(chip: str) -> dict:
-    """The measured tilings of a chip: "4 bits, in x out" → rows → {"tiling", "us"}; empty for an unknown chip."""
-    path = _TUNED / f"{chip.replace(' ', '_')}.json"
-    return json.loads(path.read_text())["entries"] if path.is_file() else {}
+    """The measured tilings of a chip: "4 bits, in x out" → rows → {"tiling", "us"}; empty for an unknown chip.
+
+    Raises:
+        ValueError: the table is damaged, or names a tiling that does not fit the chip.
+    """
+    path = tuned_path(chip)
+    entries = mosaic_gpu_tuned.read(path) if path.is_file() else {}
+    for name, rows in entries.items():
+        for count, entry in rows.items():
+            sizes = mosaic_gpu_tuned.sizes(name)
+            if not fits(tiling_of(entry["tiling"]), int(count), *sizes[1:], sizes[0], 128):
+                raise ValueError(
+                    f"{path}: {name}, {count} rows: the tiling {entry['tiling']} does not fit a block. "
+                    "Delete the entry, or make it again with qwen-jax bench tune."
+                )
+    return entries
+
+
+def tuned_path(chip: str) -> pathlib.Path:
+    """Where the table of a chip lies."""
+    return _TUNED / f"{chip.replace(' ', '_')}.json"
 
 
 def computed_tiling(rows: int, in_features: int, out_features: int, bits: int, group_size: int):
@@ -166,7 +189,7 @@ def computed_tiling(rows: int, in_features: int, out_features: int, bits: int, g
         for splits in (1, 2)
         if splits == 1 or tile <= 128
     ]
-    for warpgroups, tile, splits in sorted(candidates, key=lambda candidate: _cycles(candidate, shape, strips)):
+    for warpgroups, tile, splits in sorted(candidates, key=lambda candidate: cycles(candidate, shape, strips)):
         for slots in (8, 7, 6, 5, 4, 3, 2):
             tiling = large.Tiling(warpgroups, tile, splits, 1, slots, tile <= 64)
             if fits(tiling, *shape):
@@ -174,7 +197,7 @@ def computed_tiling(rows: int, in_features: int, out_features: int, bits: int, g
     return large.Tiling(1, 64, 1, 1, 2, True)
 
 
-def _cycles(candidate: tuple[int, int, int], shape: tuple[int, ...], strips: int) -> float:
+def cycles(candidate: tuple[int, int, int], shape: tuple[int, ...], strips: int) -> float:
     """Estimated time of `mosaic_gpu_large` in cycles; constants from measurements on an H100."""
     _, large = _kernels()
     (warpgroups, tile, splits), (rows, in_features, out_features, _, _) = candidate, shape

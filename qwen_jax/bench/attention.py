@@ -59,7 +59,7 @@ def measure(
         kv_bits: 8 or 16.
         kernels: "auto" or a name in `op.KERNELS`.
         dtype: of queries and of the 16-bit cache.
-        plans: tile and ring to try besides the chosen ones, on a Hopper GPU (`mosaic_gpu_decode.Plan`'s fields).
+        plans: to try besides the chosen one, on a Hopper GPU (the numbers of `mosaic_gpu_tuned`'s plans).
         rotate_bytes: that the chain of a case reads at least, unless 16 layers hold less.
         patience: seconds that processes wait for each other before the first is timed.
     """
@@ -152,7 +152,8 @@ class _Case:
         if self.job["plan"] is not None:
             from pallas_kernels.kv_attention import mosaic_gpu_decode
 
-            plan["plan"] = mosaic_gpu_decode.Plan(**self.job["plan"])
+            share, biased = self.dims.heads // G, self.quantized and self.dims.key_bias
+            plan["plan"] = mosaic_gpu_decode.planned(self.job["plan"], B, G, S, share, K, self.quantized, biased)
 
         def attend(layer, query, kv, lengths, bias, rotary):
             return op.KERNELS[kernel].attend_decode(

@@ -19,6 +19,8 @@ qwen-jax bench memory --model qwen-7b --bits 4 --bits 16 --context 2048
 qwen-jax bench matmul --rows 1 --rows 16 --rows 64 --output matmul.json
 qwen-jax bench matmul --model qwen-7b --bits 8 --kernels xla
 qwen-jax bench attention --model qwen-7b --batch 8 --context 2048
+qwen-jax bench tune --shape 4096x11008 --rows 1 --rows 16
+qwen-jax bench tune --operation attention --model qwen-7b --batch 8
 qwen-jax bench report matmul.json decode.json --output report
 """
 
@@ -146,6 +148,7 @@ def memory(
 
 run.command(epilog=examples(EXAMPLES, "matmul"))(bench_kernels.matmul)
 run.command(epilog=examples(EXAMPLES, "attention"))(bench_kernels.attention)
+run.command(epilog=examples(EXAMPLES, "tune"))(bench_kernels.tune)
 run.command(epilog=examples(EXAMPLES, "report"))(bench_kernels.report)
 
 

@@ -93,6 +93,41 @@ def attention_models(models: list[str] | None, shapes: list[str] | None) -> list
     return found + [(name, dims_of(name)) for name in models or (() if shapes else ("qwen-7b",))]
 
 
+def tune(
+    operation: Annotated[str, typer.Option(help="matmul or attention.")] = "matmul",
+    model: Annotated[list[str] | None, typer.Option(help="Shapes of this model, as qwen-7b; several times.")] = None,
+    shape: MatmulShape = None,
+    rows: Rows = [1, 8, 16, 64, 256, 2048],  # noqa: B006
+    bits: Annotated[list[int], typer.Option(help="Of the weights: 4 or 8; several times.")] = [4],  # noqa: B006
+    kv_bits: KvBits = [8, 16],  # noqa: B006
+    batch: Batch = [1, 8, 32],  # noqa: B006
+    context: Context = [2048],  # noqa: B006
+    table: Annotated[
+        Path | None, typer.Option(help="Write here, not into the installed table that kernels load.")
+    ] = None,
+    output: Output = None,
+    json: Json = False,
+    debug: Debug = False,
+):
+    """Search block sizes for this GPU and write the table that the kernels load; shapes not searched compute theirs."""
+    from ..bench import processes, tune
+
+    check_values("operation", [operation], ["matmul", "attention"])
+    check_values("bits", bits, [4, 8])
+    check_values("kv-bits", kv_bits, [8, 16])
+    processes.leave_memory()
+    with status(f"Timing candidates of {operation}"):
+        if operation == "matmul":
+            shapes = matmul_shapes(model, shape)
+            path, copy, results = tune.tune_matmul(shapes, rows=rows, bits=bits, output=table)
+        else:
+            models = attention_models(model, shape)
+            options = dict(kv_bits=kv_bits, batch=batch, context=context)
+            path, copy, results = tune.tune_attention(models, **options, output=table)
+    typer.echo(f"Written: {path}", err=json)
+    finish(operation, results, copy, output, json)
+
+
 def report(
     file: Annotated[list[Path], typer.Argument(help="What other commands wrote with --output.")],
     output: Annotated[Path, typer.Option(help="Folder for report.md and its figures.")] = Path("report"),
