@@ -10,18 +10,15 @@ written as they are measured, so that the others are kept.
 """
 
 import argparse
-import collections
 import concurrent.futures
 import contextvars
 import dataclasses
 import functools
 import json
 import queue
-import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -31,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import decode_step
-from qwen_jax.bench import device_weights
+from qwen_jax.bench import device_weights, split
 from qwen_jax.bench.decode import _noise, programs_of
 from qwen_jax.bench.environment import environment
 from qwen_jax.bench.models import MODELS
@@ -66,7 +63,6 @@ qwen-14b 4 decode 32 1x1 each
 qwen-72b 8 decode 1 1x2 one
 qwen-72b 8 decode 8 1x2 one
 """  # the cache of qwen-72b, batch 32, is larger than a card: qwen2.5-72b stands there
-REDUCTIONS = re.compile("all-?reduce|psum|nccl", re.IGNORECASE)
 
 
 # Fields of the one launch's plan while a program is traced.
@@ -154,7 +150,7 @@ class Decode:
         step = statistics.median(seconds[1:])
         row = {"step_ms": round(step * 1e3, 3), "tokens_per_second": round(self.batch / step, 1), "tokens": tokens}
         if self.model.mesh is not None and self.model.form == "each":
-            row |= kernels(lambda: jax.block_until_ready(run(loop=loop)))
+            row |= split.of_step(split.kernels(lambda: run(loop=loop)), STEPS)
         return row
 
 
@@ -196,30 +192,6 @@ def shapes(make, like):
         jax.eval_shape(make),
         like,
     )
-
-
-def kernels(run) -> dict:
-    """Milliseconds of a step that the first card is busy: in all, in XLA's reductions, in the one launch.
-
-    A reduction waits for the other card: its time holds how far the two are apart.
-    """
-    busy: dict[str, float] = collections.Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        files = sorted(Path(folder).rglob("*.xplane.pb"))
-        planes = jax.profiler.ProfileData.from_file(str(files[-1])).planes if files else ()
-        plane = next((plane for plane in planes if plane.name.startswith("/device:GPU:")), None)
-        for line in plane.lines if plane else ():
-            for event in line.events if "Stream" in line.name else ():
-                busy[event.name] += event.duration_ns / STEPS / 1e6
-    if not busy:  # a machine without GPUs
-        return {}
-    print(
-        {name[:60]: round(time, 4) for name, time in sorted(busy.items(), key=lambda pair: -pair[1])[:12]}, flush=True
-    )
-    sums = {"busy_ms": "", "reductions_ms": REDUCTIONS, "launch_ms": "decode_step"}
-    return {key: round(sum(ms for name, ms in busy.items() if re.search(part, name)), 3) for key, part in sums.items()}
 
 
 def table(rows: list[dict]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from converters.huggingface import Checkpoint
 from qwen_jax import fused_decode
+from qwen_jax.bench import split
 from qwen_jax.bench.models import MODELS
 from qwen_jax.bench.random_checkpoint import RandomCheckpoint
 from qwen_jax.bench.random_weights import RandomWeights
@@ -41,6 +42,9 @@ class DecodeResult:
         peak_bytes: the (first) device's own count, None where it has none.
         mesh: data x model, as 1x2.
         form: of the layers: "a kernel at a time", or "one launch".
+        busy_ms: on a mesh of GPUs, milliseconds of a step that the first is busy; reductions_ms of these in XLA's
+            reductions (those of one launch are inside it).
+        reductions_ms: see busy_ms.
     """
 
     model: str
@@ -57,6 +61,8 @@ class DecodeResult:
     peak_bytes: int | None
     mesh: str = "1x1"
     form: str = EACH
+    busy_ms: float | None = None
+    reductions_ms: float | None = None
 
 
 def build(
@@ -117,6 +123,7 @@ def measure(
     run = dict(filters=filters, logprobs=False, steps=steps, active_length=room)
     loop, waiting = programs._chunk(programs._leaves, sampler, RULES, loop=loop, **run)  # compiles
     jax.block_until_ready(loop)
+    shapes = _of_one_device(loop.cache.kv)
     ends = []
     for _ in range(rounds + 1):
         loop, out = programs._chunk(programs._leaves, sampler, RULES, loop=loop, **run)
@@ -128,6 +135,10 @@ def measure(
     seconds = list(np.diff(ends)[1:] / steps)
     step = statistics.median(seconds)
     size = step_bytes(decoder, kv_bits, batch, context, mesh)
+    shares = split.of_step({}, steps)
+    if mesh is not None and jax.default_backend() == "gpu":
+        once = functools.partial(programs._chunk, programs._leaves, sampler, RULES, **run)
+        shares = split.of_step(split.kernels(lambda: once(loop=loop)), steps)
     stats = jax.local_devices()[0].memory_stats() or {}
     return DecodeResult(
         name,
@@ -143,7 +154,9 @@ def measure(
         size / step / 1e9,
         stats.get("peak_bytes_in_use"),
         mesh_name(mesh),
-        form_of(decoder, loop.cache.kv),
+        form_of(decoder, shapes),
+        shares["busy_ms"],
+        shares["reductions_ms"],
     )
 
 
@@ -175,8 +188,12 @@ def _start(programs: Programs, decoder: Decoder, kv_bits: int, batch: int, room:
     return sampler, filters, Loop(cache, token_B, done_B, count_B, None, nonfinite_B)
 
 
+def _of_one_device(kv):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), kv)
+
+
 def form_of(decoder: Decoder, kv) -> str:
-    """How a step over this cache walks the layers."""
+    """How a step over this cache (a device's own) walks the layers."""
     if not decoder.one_launch:
         return EACH
     hidden_BTD = jnp.zeros((kv.keys.shape[1], 1, decoder.config.hidden_size), decoder.dtype)

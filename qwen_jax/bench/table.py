@@ -74,6 +74,8 @@ COLUMNS: dict[str, list[Column]] = {
         Column("floor ms", number("floor_ms", ".3f")),
         *_RATE,
         Column("× peer", number("times_peer", ".2f")),
+        Column("busy ms", number("busy_ms", ".3f")),
+        Column("reductions ms", number("reductions_ms", ".3f")),
         Column("peak GB", number("peak_bytes", ".2f", 1e-9)),
         *_ONE_DEVICE,
         *_TARGETS,

@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels.chip import compiling_for
 from pallas_kernels.quantized_matmul import layout, layout_mosaic_gpu
 from qwen_jax import fused_decode
-from qwen_jax.bench import device_weights
+from qwen_jax.bench import decode, device_weights, split
 from qwen_jax.bench.models import MODELS
 from qwen_jax.kv_cache import CacheState
 from qwen_jax.plan.abstract import Storage
@@ -55,6 +55,22 @@ def test_rows_on_two_devices_need_no_sums():
     text = lowered(mesh_of(("data", "model"), (2, 1)), rows=2)
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 1
     assert "uses_xla_collective_metadata = false" in text
+
+
+def test_the_benchmark_names_the_form_of_a_mesh():
+    mesh = mesh_of(("data", "model"), (1, 2))
+    with compiling_for(H100):
+        decoder = device_weights.shapes(config(), STORAGE, mesh)
+        cache = ShardedPrograms(decoder, mesh).empty_cache(1, 128, "bfloat16", True)
+        assert decode.form_of(decoder, decode._of_one_device(cache.kv)) == decode.ONE
+        decoder.one_launch = False
+        assert decode.form_of(decoder, decode._of_one_device(cache.kv)) == decode.EACH
+
+
+def test_a_step_is_split_by_the_names_of_its_kernels():
+    busy = {"decode_step_mosaic_gpu_kernel": 4.0, "ncclDevKernel_AllGather_RING_LL": 0.5, "psum_7_0_fusion_1": 0.25}
+    assert split.of_step(busy | {"gemm": 1.0}, 2) == {"busy_ms": 2.875, "reductions_ms": 0.375, "launch_ms": 2.0}
+    assert split.of_step({}, 2) == {"busy_ms": None, "reductions_ms": None, "launch_ms": None}
 
 
 def test_devices_in_another_order_take_a_kernel_at_a_time():
