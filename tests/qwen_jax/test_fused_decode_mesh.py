@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.chip import compiling_for
+from pallas_kernels.decode_step.group import Group
 from pallas_kernels.quantized_matmul import layout, layout_mosaic_gpu
 from qwen_jax import fused_decode
 from qwen_jax.bench import decode, device_weights, split
@@ -32,10 +35,10 @@ def mesh_of(names, shape, devices=None):
     return jax.make_mesh(shape, names, devices=jax.devices()[:2] if devices is None else devices)
 
 
-def lowered(mesh, rows=1, **options) -> str:
-    """A decode step for two H100."""
+def lowered(mesh, rows=1, inner=1152) -> str:
+    """A decode step for as many H100."""
     with compiling_for(H100):
-        decoder = device_weights.shapes(config(), STORAGE, mesh, unroll=True, **options)
+        decoder = device_weights.shapes(config(intermediate_size=inner), STORAGE, mesh, unroll=True)
         programs = ShardedPrograms(decoder, mesh)
         cache = programs.empty_cache(rows, 128, "bfloat16", True)
         token = programs._rows(np.zeros(rows, np.int32))
@@ -49,6 +52,19 @@ def test_all_layers_and_their_sums_in_one_launch(names, shape):
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 1
     assert "uses_xla_collective_metadata = true" in text and "skip_device_barrier = false" in text
     assert len(re.findall(r'"stablehlo.all_reduce"', text)) == 1, "the embedding's, and no other"
+
+
+@pytest.mark.parametrize("names, shape", [(("data", "model"), (2, 2)), (("model", "data"), (4, 2))])
+def test_peers_are_numbered_as_the_meshs_devices(names, shape):
+    mesh = jax.make_mesh(shape, names, devices=jax.devices()[: shape[0] * shape[1]])
+
+    def number():
+        group = Group.here("model")
+        return (group.first() + lax.axis_index("model") * group.stride).reshape(1, 1)
+
+    found = jax.jit(jax.shard_map(number, mesh=mesh, in_specs=(), out_specs=P(*names), check_vma=False))()
+    assert np.array_equal(found, np.arange(mesh.size).reshape(shape))
+    assert "uses_xla_collective_metadata = true" in lowered(mesh, rows=mesh.shape["data"], inner=1024)
 
 
 def test_rows_on_two_devices_need_no_sums():
