@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Debug, Json, print_json
+from .common import Debug, Json, print_json, progress_bars
 
 EXAMPLES = """
 qwen-jax merge Qwen/Qwen2.5-7B-Instruct ./adapter ./merged
@@ -25,8 +25,14 @@ def run(
     import dataclasses
 
     from ..finetune.merge import merge
+    from .progress import BYTES
 
-    report = merge(model, adapter, out, overwrite=overwrite)
+    with progress_bars() as update:
+
+        def progress(done: int, total: int) -> None:
+            update("Merging", done, total, unit=BYTES)
+
+        report = merge(model, adapter, out, overwrite=overwrite, progress=progress)
     if json:
         print_json({"target": str(out), **dataclasses.asdict(report)})
         return

@@ -59,6 +59,7 @@ def run(
     from ..checkpoint_store import find
     from ..quantize import QuantizeSettings, quantize, read_calibration
     from ..tokenizer import AutoTokenizer
+    from .progress import BYTES
 
     settings = QuantizeSettings(
         bits=bits,
@@ -80,15 +81,16 @@ def run(
     with status(f"Reading {calibration}"):
         tokens = read_calibration(calibration, AutoTokenizer.from_pretrained(str(folder)), rows=rows, length=row_length)
     with progress_bars(announce=True) as update:
-        update("Quantizing", 0, None, note="reading the source")
+
+        def aside(step: str, done: int, total: int) -> None:
+            update(step, done, total, unit=BYTES if step.startswith("Reading") else "parameters")
 
         def progress(report, done, total):
             update("Quantizing", done, total, unit="matrices", note=f"{report.path}, error {report.error:.1e}")
 
         try:
-            reports = quantize(
-                folder, target, tokens, settings, dtype=dtype, overwrite=overwrite, resume=resume, progress=progress
-            )
+            how = {"dtype": dtype, "overwrite": overwrite, "resume": resume}
+            reports = quantize(folder, target, tokens, settings, **how, progress=progress, aside=aside)
         except KeyboardInterrupt:
             print("Interrupted; the same command goes on at the layer it reached.", file=sys.stderr)
             raise

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from converters import orbax, peft, writer
-from converters.huggingface import Checkpoint, Module
+from converters.huggingface import Module
 from pallas_kernels.dense_matmul import DenseTensor
 from qwen_jax import checkpoint_store
 from qwen_jax.errors import CheckpointError
 from qwen_jax.json_keys import read_json
+from qwen_jax.read_progress import Progress, open_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,14 @@ class MergeReport:
     worst: str | None
 
 
-def merge(model: str | Path, adapter: str | Path, out: str | Path, *, overwrite: bool = False) -> MergeReport:
+def merge(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
     """Writes a Hugging Face folder with W + scale · B · A in place of W, in the base's dtype.
 
     Args:
@@ -41,6 +49,7 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path, *, overwrite:
         adapter: a LoRA adapter's folder.
         out: the folder to write; it appears complete or not at all.
         overwrite: replace a folder that is there.
+        progress: called with the bytes of the base read so far and their number.
 
     Raises:
         CheckpointError: the base is quantized (the message tells the two ways out) or converted; files that cannot be
@@ -52,7 +61,7 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path, *, overwrite:
             f"{folder}: is a converted checkpoint, expected a float Hugging Face folder; merge into the folder that it "
             "was converted from (or export it first)."
         )
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder, progress)
     if checkpoint.quantization is not None:
         raise CheckpointError(
             f"{folder}: is quantized ({checkpoint.quantization.where}), and an adapter cannot be folded into packed "

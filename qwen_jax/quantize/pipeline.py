@@ -35,6 +35,7 @@ def quantize(
     device_limit: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[ModuleReport, int, int], None] = lambda report, done, total: None,
+    aside: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> list[ModuleReport]:
     """Quantizes the layers' matrices of a checkpoint with GPTQ and writes what AutoGPTQ would write.
 
@@ -58,6 +59,8 @@ def quantize(
             of what is free before it. On CPUs nothing counts as the devices'.
         batch_tokens: calibration tokens that a device takes at once.
         progress: called after each module with its report, the modules done and their number.
+        aside: called of what stands before and after the modules: "Reading the source" and its bytes done and in all,
+            "Writing" and parameters done and in all.
 
     Returns:
         A report for each quantized module, in the order of their quantization.
@@ -93,7 +96,10 @@ def quantize(
         raise ValueError("dynamic: leaves every module in float; nothing to quantize.")
     _check_space(checkpoint, wanted, settings, target)
 
-    mark = fingerprint(source, settings, rows, dtype, batch_tokens)
+    def reading(done: int, total: int) -> None:
+        aside("Reading the source", done, total)
+
+    mark = fingerprint(source, settings, rows, dtype, batch_tokens, reading)
     folder = target.with_name(f".{target.name}.quantizing")
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
@@ -137,7 +143,7 @@ def quantize(
         store.close()
     writer.write(
         target,
-        _parameters(checkpoint, finished, head),
+        _parameters(checkpoint, finished, head, aside),
         config=read_json(source / "config.json"),
         quantization=settings.json(),
         source=source,
@@ -179,10 +185,13 @@ def _layer_bytes(checkpoint: Checkpoint, batch_tokens: int) -> int:
     return 4 * (2 * weights + 8 * widest**2 + 8 * max(weights // 2, config.hidden_size * HEAD_SLICE) + batch)
 
 
-def _parameters(checkpoint: Checkpoint, finished: Progress, head: QuantizedTensor | None) -> Iterator[tuple[str, Any]]:
+def _parameters(
+    checkpoint: Checkpoint, finished: Progress, head: QuantizedTensor | None, aside: Callable[[str, int, int], None]
+) -> Iterator[tuple[str, Any]]:
     """All parameters of the new checkpoint, a layer in memory at a time."""
-    number, layer = -1, {}
-    for path in checkpoint.paths:
+    number, layer, paths = -1, {}, list(checkpoint.paths)
+    for done, path in enumerate(paths, 1):
+        aside("Writing", done, len(paths))
         parts = path.split(".", 2)
         if path.endswith(".scale"):
             yield path, checkpoint.read_vector(path)

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,36 @@ from qwen_jax.quantize.settings import QuantizeSettings
 logger = logging.getLogger("qwen_jax")
 
 FORMAT = 2  # of the folder, and of the arithmetic: raise it when the same input gives other numbers
+READ_BYTES = 1 << 24  # of the source at once
 LEAVES, STATIC = ("packed", "scales", "zeros", "permutation"), ("bits", "group_size", "in_features")
 
 
 def fingerprint(
-    source: Path, settings: QuantizeSettings, rows: Sequence[np.ndarray], dtype: str, batch_tokens: int
+    source: Path,
+    settings: QuantizeSettings,
+    rows: Sequence[np.ndarray],
+    dtype: str,
+    batch_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
-    """What the result depends on, by content: {"format", "source", "settings", "calibration"}."""
-    content = hashlib.sha256()
-    for file in sorted(source.iterdir()):
-        if file.is_file() and (
-            file.suffix == ".safetensors" or file.name in ("config.json", "model.safetensors.index.json")
-        ):
-            content.update(f"{file.name}\n".encode())
-            with file.open("rb") as stream:
-                content.update(hashlib.file_digest(stream, "sha256").digest())
+    """What the result depends on, by content: {"format", "source", "settings", "calibration"}.
+
+    `progress` is called with the bytes of the source read so far and their number.
+    """
+    content, done = hashlib.sha256(), 0
+    names = ("config.json", "model.safetensors.index.json")
+    files = [file for file in sorted(source.iterdir()) if file.suffix == ".safetensors" or file.name in names]
+    files = [file for file in files if file.is_file()]
+    total = sum(file.stat().st_size for file in files)
+    for file in files:
+        content.update(f"{file.name}\n".encode())
+        own = hashlib.sha256()
+        with file.open("rb") as stream:
+            while part := stream.read(READ_BYTES):
+                own.update(part)
+                done += len(part)
+                progress(done, total)
+        content.update(own.digest())
     tokens = hashlib.sha256()
     for row in rows:
         tokens.update(np.int64(len(row)).tobytes() + np.ascontiguousarray(row, np.int32).tobytes())

@@ -334,6 +334,20 @@ def test_resume_of_something_else_starts_again(what, tmp_path, caplog):
     assert same(target, tmp_path / "fresh")
 
 
+def test_what_stands_before_and_after_the_modules_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen_jax.quantize.progress.READ_BYTES", 100_000)
+    said = []
+    run(QWEN2, tmp_path / "out", aside=lambda *each: said.append(each))
+    size = sum(file.stat().st_size for file in source(QWEN2).glob("*.safetensors"))
+    size += (source(QWEN2) / "config.json").stat().st_size
+    parameters = len(list(Checkpoint(source(QWEN2)).paths))
+    assert [each for each in said if each[1] == each[2]] == [
+        ("Reading the source", size, size),
+        ("Writing", parameters, parameters),
+    ]
+    assert said == sorted(said) and len(said) > 10
+
+
 def test_existing_target(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
