@@ -112,11 +112,11 @@ class Run:
 
     def start(self, name: str, command: list[str]) -> subprocess.Popen:
         """Starts a process of its own group, its output in a file."""
-        log = open(self.folder / f"{name}.log", "w")  # noqa: SIM115  the process holds it
         self.states[name] = {"started_s": round(time.monotonic() - self.begin, 1), "state": "running"}
-        return subprocess.Popen(
-            command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
-        )
+        with open(self.folder / f"{name}.log", "w") as log:
+            return subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            )
 
     def wait(self, name: str, process: subprocess.Popen, until: float) -> None:
         """Waits until the process ends, or ends it at `until` (of time.monotonic)."""
@@ -211,7 +211,7 @@ def run_parts(options: argparse.Namespace, folder: pathlib.Path) -> None:
     facts = card()
     paths = [str(ROOT)]
     if options.wheel is not None and "humming" in options.only:
-        from humming_matmul import unpack
+        from humming_matmul import unpack  # pyright: ignore[reportMissingImports]  (in peers/)
 
         paths.append(str(unpack(options.wheel)))
     environment = {**os.environ, "QWEN_JAX_BENCH_TURNS": str(folder), "PYTHONUNBUFFERED": "1"}

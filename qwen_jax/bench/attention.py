@@ -35,7 +35,8 @@ def parse_shape(text: str) -> shapes.AttentionDims:
     sizes = text.lower().split("x")
     if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes) or int(sizes[0]) % int(sizes[1]):
         raise ValueError(f"--shape {text}: expected query heads x key/value heads x channels, as 32x4x128.")
-    return shapes.AttentionDims(*map(int, sizes), False, 1)
+    heads, kv_heads, channels = map(int, sizes)
+    return shapes.AttentionDims(heads, kv_heads, channels, False, 1)
 
 
 def measure(

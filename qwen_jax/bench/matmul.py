@@ -222,9 +222,8 @@ def _forms(job: Mapping, rows: int, tilings: Sequence, chip: str) -> Iterator[tu
 
     shape = dataclasses.replace(shape, layout=mosaic_gpu.LAYOUT)
     chosen, origin = mosaic_gpu.choose_tiling(shape, chip)
-    tried = [small.Tiling(*values) if len(values) == 3 else large.Tiling(*values) for values in tilings]
-    for tiling in dict.fromkeys([chosen, *tried]):
-        kernel = small if isinstance(tiling, small.Tiling) else large
+    for tiling in dict.fromkeys([chosen, *map(mosaic_gpu.tiling_of, tilings)]):
+        kernel: Any = small if isinstance(tiling, small.Tiling) else large
 
         def multiply(x_MI, weight, after, kernel=kernel, tiling=tiling):
             return kernel.call(x_MI, weight, tiling=tiling, after=after)

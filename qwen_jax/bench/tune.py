@@ -124,7 +124,7 @@ def tune_attention(
         output: another file than this installation's table.
     """
     _chip("attention", mosaic_gpu.HOPPER)
-    plans = [
+    plans: list[dict[str, int]] = [
         dict(zip(attention_table.NUMBERS, values, strict=True))
         for values in itertools.product((1, 2), (2, 3, 4, 6), (1, 2))
     ]

@@ -138,13 +138,13 @@ def report(
 
     sets, failed = report.read(file)
     with status("Drawing"):
-        from ..plots.bench import figures
+        from ..plots.bench import TITLES, figures
 
         output.mkdir(parents=True, exist_ok=True)
         names = {}
         for name, drawing in figures(sets).items():
             drawing.savefig(output / f"{name}.png", dpi=150)
-            names[drawing.axes[0].get_title(loc="left") or name] = f"{name}.png"
+            names[TITLES[name]] = f"{name}.png"
     page = output / "report.md"
     page.write_text(report.markdown(sets, failed, names), encoding="utf-8")
     typer.echo(f"{page}, with {', '.join(names.values()) or 'no figure'}")

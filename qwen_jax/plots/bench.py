@@ -14,6 +14,14 @@ COLORS, MARKERS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY), "osD^vP"
 PEERS = {"cublas": GREY, "tinygemm": SKY, "humming": ORANGE}
 
 
+TITLES = {
+    "roofline": "Matmuls under the roofline",
+    "peers": "Int4 matmul and its peers",
+    "attention": "Decode attention",
+    "decode": "Decoding speed",
+}
+
+
 def figures(sets: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     """Those that the results have something for, by file name without ending."""
     drawn = {
