@@ -51,7 +51,7 @@ def _aim(record, text: str, met: bool) -> None:
 
 
 def _standard(record) -> bool:
-    return (record["bits"], record["kv_bits"], record["context"]) == (4, 8, 2048)
+    return (record["bits"], record["kv_bits"], record["context"], record.get("lm_head")) == (4, 8, 2048, None)
 
 
 def _matmul(record, peers, _) -> None:

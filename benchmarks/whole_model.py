@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--kv-bits", type=int, default=8)
+    parser.add_argument("--lm-head", choices=("int8",), help="a head of 8 bits")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
@@ -90,9 +91,9 @@ def main() -> None:
     compilation_cache.enable(pathlib.Path(tempfile.mkdtemp(prefix="compiled-")))
     sizes = dict(bits=options.bits, kv_bits=options.kv_bits, context=options.context)
     job = dict(model=options.model, batch=1, layers=options.layers, dtype=options.dtype, kernels="auto") | sizes
-    job |= {"one_launch": "one" in options.forms}
+    job |= {"one_launch": "one" in options.forms, "lm_head": options.lm_head}
     forms = {"each": False, "one": True}
-    runs = [(rows, forms[form]) for rows in options.batch for form in (options.forms if rows == 1 else ["each"])]
+    runs = [(rows, forms[form]) for rows in options.batch for form in (options.forms if rows <= 8 else ["each"])]
     shapes = jax.eval_shape(lambda: memory.build(job))
     compiled = attempt(job | {"compiling": "memory"}, lambda: memory.compiled(job))
     for rows, one in runs:
@@ -105,7 +106,7 @@ def main() -> None:
     facts = environment(" ".join(["python", "benchmarks/whole_model.py", *sys.argv[1:]]))
     for kind, found in records.items():
         for record in found:
-            record["layers"] = layers
+            record |= {"layers": layers} | ({} if options.lm_head is None else {"lm_head": options.lm_head})
             floors.add(kind, record, copy)
     sets = [
         {"kind": kind, "environment": facts, "copy_gigabytes_per_second": copy, "results": found}

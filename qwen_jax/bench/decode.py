@@ -75,11 +75,15 @@ def build(
     mesh: jax.sharding.Mesh | None = None,
     one_launch: bool = True,
     as_on_mesh: bool = False,
+    lm_head: str | None = None,
 ) -> Decoder:
     """A model of the named dimensions with random weights; `layers` shortens it, `mesh` spreads it over devices.
 
     `as_on_mesh`: without a mesh the numbers that one would get, which the host makes, slower than the device.
+    `lm_head`: "int8" for a head of 8 bits, on one device.
     """
+    if lm_head is not None and (mesh is not None or as_on_mesh):
+        raise ValueError(f"lm_head={lm_head!r}: random weights on a mesh have a 16-bit head. Leave one of the two out.")
     config = MODELS[name]
     if layers is not None:
         config = dataclasses.replace(config, num_layers=layers, sliding_layers=(False,) * layers)
@@ -89,7 +93,7 @@ def build(
     elif as_on_mesh:
         weights = CheckpointWeights(source, dtype=dtype, kernels=kernels)
     else:
-        weights = RandomWeights(config, bits=bits, dtype=dtype, kernels=kernels)
+        weights = RandomWeights(config, bits=bits, dtype=dtype, kernels=kernels, lm_head=lm_head)
     unroll = jax.default_backend() == "gpu"
     return Decoder(weights.config, weights, dtype=dtype, kernels=kernels, unroll=unroll, one_launch=one_launch)
 

@@ -42,6 +42,7 @@ def measure(
     dtype: str = "bfloat16",
     kernels: str = "auto",
     one_launch: bool = True,
+    lm_head: str | None = None,
     patience: float = 240,
 ) -> dict[str, Any]:
     """One record.
@@ -56,10 +57,11 @@ def measure(
         dtype: of activations and float weights.
         kernels: as in `from_pretrained`.
         one_launch: likewise.
+        lm_head: "int8" for a head of 8 bits.
         patience: seconds that the process may take.
     """
     job = dict(model=model, bits=bits, kv_bits=kv_bits, batch=batch, context=context)
-    job |= dict(layers=layers, dtype=dtype, kernels=kernels, one_launch=one_launch)
+    job |= dict(layers=layers, dtype=dtype, kernels=kernels, one_launch=one_launch, lm_head=lm_head)
     processes.leave_memory()
     if not jax.local_devices()[0].memory_stats():
         return compiled(job)
@@ -139,12 +141,14 @@ def compiled(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(job: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: job[key] for key in ("model", "bits", "kv_bits", "batch", "context", "dtype")}
+    named = {key: job[key] for key in ("model", "bits", "kv_bits", "batch", "context", "dtype")}
+    return named if job.get("lm_head") is None else named | {"lm_head": job["lm_head"]}
 
 
 def build(job: Mapping[str, Any]) -> Decoder:
     """The model of a job."""
-    return decode.build(job["model"], **{key: job[key] for key in ("bits", "dtype", "kernels", "layers", "one_launch")})
+    names = ("bits", "dtype", "kernels", "layers", "one_launch", "lm_head")
+    return decode.build(job["model"], **{name: job.get(name) for name in names})
 
 
 def _sizes(job: Mapping[str, Any]) -> tuple[int, int, int, int]:

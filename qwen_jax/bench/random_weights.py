@@ -23,12 +23,25 @@ class RandomWeights:
         dtype: of activations and float weights.
         kernels: as in `from_pretrained`.
         seed: of everything.
+        lm_head: "int8" for a head of 8 bits.
     """
 
     cache_axis = None
 
-    def __init__(self, config: ModelConfig, *, bits=4, group_size=128, dtype="bfloat16", kernels="auto", seed=0):
-        self.config, self.bits, self.group_size = config, bits, group_size
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        bits=4,
+        group_size=128,
+        dtype="bfloat16",
+        kernels="auto",
+        seed=0,
+        lm_head: str | None = None,
+    ):
+        if lm_head == "int8" and config.tie_word_embeddings:
+            raise ValueError('lm_head="int8": this model\'s head is its embedding, which stays as it is. Leave it out.')
+        self.config, self.bits, self.group_size, self.lm_head = config, bits, group_size, lm_head
         self.dtype, self.kernels = dtype, kernels
         self._key = jax.random.key(seed)
 
@@ -62,19 +75,26 @@ class RandomWeights:
 
     def embedding(self) -> Linear:
         """See `model.Weights`."""
-        return self._table()
+        # Both tables first: what making them takes beside them is then no part of the peak.
+        table = self._table()
+        self._head = None if self.config.tie_word_embeddings else self._table(self.lm_head)
+        return table
 
     def head(self) -> Linear | None:
-        """See `model.Weights`."""
-        return None if self.config.tie_word_embeddings else self._table()
+        """See `model.Weights`; made with the embedding."""
+        return self._head
 
     def _next(self):
         self._key, key = jax.random.split(self._key)
         return key
 
-    def _table(self) -> Linear:
-        shape = (self.config.vocab_size, self.config.hidden_size)
-        weight = pack(dense(self._next(), shape, self.dtype), self.kernels)
+    def _table(self, form: str | None = None) -> Linear:
+        rows, width = self.config.vocab_size, self.config.hidden_size
+        if form == "int8":  # as `quantize_head` rounds one
+            weight = quantized(self._next(), width, rows, 8, 64, "bfloat16")
+        else:
+            weight = dense(self._next(), (rows, width), self.dtype)
+        weight = pack(weight, self.kernels)
         return Linear(weight, axes=("hidden", "vocabulary"), kernels=self.kernels)
 
     def _linear(self, inputs: int, outputs: int, count: int, axes) -> Linear:

@@ -41,6 +41,7 @@ def _mesh(record: Record) -> str | None:
 _MODEL = [
     Column("model", text("model")),
     Column("weights", _bits("bits")),
+    Column("head", text("lm_head")),
     Column("KV", _bits("kv_bits")),
     Column("batch", text("batch")),
     Column("context", text("context")),
@@ -122,7 +123,7 @@ COLUMNS: dict[str, list[Column]] = {
         *_TARGETS,
     ],
     "memory": [
-        *_MODEL[:5],
+        *_MODEL[:6],
         Column("peak GB", number("peak_bytes", ".2f", 1e-9)),
         Column("as compiled GB", number("compiled_bytes", ".2f", 1e-9)),
         Column("how", text("how")),

@@ -12,7 +12,7 @@ from .common import Debug, Json, Kernels, progress_bars, status
 EXAMPLES = """
 qwen-jax bench decode --model qwen-7b --bits 4 --kv-bits 8 --batch 1 --context 2048
 qwen-jax bench decode --model qwen-1.8b --batch 1 --batch 8 --batch 32 --output decode.json
-qwen-jax bench decode --model qwen-7b --one-launch
+qwen-jax bench decode --model qwen-7b --lm-head int8 --no-one-launch
 qwen-jax bench decode --model qwen-72b --mesh 1x2 --check
 qwen-jax bench prefill --model qwen2.5-7b --context 2048
 qwen-jax bench memory --model qwen-7b --bits 4 --bits 16 --context 2048
@@ -37,6 +37,7 @@ OneLaunch = Annotated[
     bool,
     typer.Option("--one-launch/--no-one-launch", help="All layers of a step in one launch, where it can (Hopper)."),
 ]
+LmHead = Annotated[str | None, typer.Option(help="int8: an output head of 8 bits.", metavar="int8")]
 Rounds = Annotated[int, typer.Option(help="Timed repetitions, after a warm-up.", min=1)]
 
 
@@ -56,6 +57,7 @@ def decode(
     mesh: Mesh = None,
     check: Check = False,
     one_launch: OneLaunch = True,
+    lm_head: LmHead = None,
     dtype: Dtype = "auto",
     kernels: Kernels = "auto",
     rounds: Rounds = 5,
@@ -64,7 +66,7 @@ def decode(
     debug: Debug = False,
 ):
     """Time whole decode steps, beside the bytes that they must read and a copy's rate in the same run."""
-    options = dict(one_launch=one_launch)
+    options = dict(one_launch=one_launch, lm_head=lm_head)
     _model(
         "decode",
         model,
@@ -94,6 +96,7 @@ def prefill(
     layers: Layers = None,
     mesh: Mesh = None,
     check: Check = False,
+    lm_head: LmHead = None,
     dtype: Dtype = "auto",
     kernels: Kernels = "auto",
     rounds: Rounds = 5,
@@ -102,7 +105,10 @@ def prefill(
     debug: Debug = False,
 ):
     """Time the reading of whole prompts."""
-    _model("prefill", model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json)
+    _model(
+        *("prefill", model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json),
+        options=dict(lm_head=lm_head),
+    )
 
 
 @run.command(epilog=examples(EXAMPLES, "memory"))
@@ -114,6 +120,7 @@ def memory(
     context: Context = [2048],  # noqa: B006
     layers: Layers = None,
     one_launch: OneLaunch = True,
+    lm_head: LmHead = None,
     dtype: Dtype = "auto",
     kernels: Kernels = "auto",
     output: Output = None,
@@ -129,6 +136,8 @@ def memory(
     check_values("kv-bits", kv_bits, [8, 16])
     processes.leave_memory()
     options: dict[str, Any] = dict(layers=layers, dtype=resolve(dtype), kernels=kernels, one_launch=one_launch)
+    options |= dict(lm_head=lm_head)
+    check_values("lm-head", [lm_head], [None, "int8"])
     cases = [
         (name, dict(bits=weight_bits, kv_bits=cache_bits, batch=rows, context=length))
         for name in model
@@ -168,6 +177,7 @@ def _model(
     check_values("model", [model], list(MODELS))
     check_values("bits", bits, [4, 8, 16])
     check_values("kv-bits", kv_bits, [8, 16])
+    check_values("lm-head", [(options or {}).get("lm_head")], [None, "int8"])
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".93")  # of a GPU; read when JAX first asks for it
     dtype = resolve(dtype)
     if check and mesh is None:
@@ -223,4 +233,6 @@ def _model(
         copy = timing.copy_bandwidth(None if dtype == "bfloat16" else 128) / 1e9
     for result in results:
         floors.add(what, result, copy)
+        if (options or {}).get("lm_head") is not None:
+            result["lm_head"] = (options or {})["lm_head"]
     finish(what, results, copy, output, json)

@@ -1,5 +1,6 @@
 """`qwen-jax bench matmul`, `attention`, `memory` at tiny sizes: bytes and floors by arithmetic, results that agree."""
 
+import dataclasses
 import functools
 import json
 
@@ -8,7 +9,7 @@ import pytest
 
 from pallas_kernels.chip import compiling_for
 from qwen_jax import cli
-from qwen_jax.bench import attention, floors, matmul, memory, processes
+from qwen_jax.bench import attention, decode, floors, matmul, memory, processes
 from qwen_jax.bench.models import MODELS
 from tests.qwen_jax.bench.test_mesh import SMALL
 
@@ -115,9 +116,9 @@ def test_workers(tmp_path, monkeypatch):
 
 
 def test_floors():
-    decode = {"gigabytes_per_second": 1500.0, "bytes_per_step": 3 * 10**9}
-    floors.add("decode", decode, 3000.0)
-    assert decode["of_copy"] == 0.5 and decode["floor_ms"] == 1.0
+    step = {"gigabytes_per_second": 1500.0, "bytes_per_step": 3 * 10**9}
+    floors.add("decode", step, 3000.0)
+    assert step["of_copy"] == 0.5 and step["floor_ms"] == 1.0
     prefill = {"milliseconds": 40.0, "model": "qwen-7b", "layers": 32, "batch": 1, "context": 2048, "mesh": "1x2"}
     floors.add("prefill", prefill, 3000.0, H100)
     weights = 32 * (4096 * 4 * 4096 + 3 * 4096 * 11008)
@@ -130,9 +131,25 @@ def test_floors():
     assert failed == {"failed": "out of memory"}
 
 
+def test_a_head_of_8_bits(monkeypatch):
+    monkeypatch.setitem(MODELS, "small", SMALL)
+    monkeypatch.setitem(MODELS, "tied", dataclasses.replace(SMALL, tie_word_embeddings=True))
+
+    def size(name, **options):
+        decoder = jax.eval_shape(lambda: decode.build(name, bits=4, dtype="bfloat16", **options))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder))
+
+    assert size("small") - size("small", lm_head="int8") == 320 * 256 * 2 - 320 * 256 - 320 * (256 // 64) * 2
+    with pytest.raises(ValueError, match="head is its embedding"):
+        size("tied", lm_head="int8")
+    with pytest.raises(ValueError, match="on a mesh have a 16-bit head"):
+        size("small", lm_head="int8", as_on_mesh=True)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["memory", "--lm-head", "int4"], "--lm-head int4 is none of None, int8"),
         (["matmul", "--shape", "4096"], "expected in x out"),
         (["matmul", "--kernels", "fast"], "--kernels fast is none of auto"),
         (["attention", "--shape", "5x2x64"], "expected query heads"),
