@@ -30,13 +30,13 @@ def layer_weights(block) -> decode_step.LayerWeights | str:
         "down": mlp.down,
     }
     for name, linear in matrices.items():
-        split = isinstance(linear, RowParallelLinear) and name in ("output", "down")
-        if type(linear) is not Linear and not split:
+        if isinstance(linear, RowParallelLinear):
+            if linear.inputs is not None:
+                return f"its {name} gathers other devices' inputs (act-order)"
+            if not linear.direct:
+                return "its devices belong to several processes, or are not numbered in the mesh's order"
+        elif type(linear) is not Linear:
             return f"its {name} is a {type(linear).__name__}"
-        if split and linear.inputs is not None:
-            return f"its {name} gathers other devices' inputs (act-order)"
-        if split and not linear.direct:
-            return "its devices belong to several processes, or are not numbered in the mesh's order"
         if not isinstance(linear.weight, QuantizedTensor):
             return f"its {name} is not quantized"
         if linear.bias is not None and name != "qkv":

@@ -8,16 +8,20 @@ arrays put into its order.
 import dataclasses
 import math
 import zlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.layout_mosaic_gpu import LAYOUT
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import Linear
 from qwen_jax.model import Decoder
+from qwen_jax.parallel_linear import RowParallelLinear
 from qwen_jax.plan.abstract import AbstractWeights, Storage
 from qwen_jax.sharding import DATA, MODEL, Placement
 
@@ -47,8 +51,9 @@ def shapes(config: ModelConfig, storage: Storage, mesh: Mesh | None, **options) 
         weights = AbstractWeights(config, storage, mesh)
     decoder = Decoder(weights.config, weights, dtype=storage.dtype, **options)
     if mesh is not None:
-        for block in decoder.blocks:
-            block.attention.output.direct = block.mlp.down.direct = Placement(mesh).direct
+        for linear in (linear for block in decoder.blocks for linear in (block.attention.output, block.mlp.down)):
+            assert isinstance(linear, RowParallelLinear)
+            linear.direct = Placement(mesh).direct
     return decoder
 
 
@@ -107,20 +112,18 @@ def _abstract(devices: int) -> AbstractMesh:
     return AbstractMesh((1, devices), (DATA, MODEL))
 
 
-def _arrays(ours: Decoder, split: Decoder, config: ModelConfig):
+def _arrays(ours: Decoder, split: Decoder, config: ModelConfig) -> Iterator[tuple[str, Any, Any, _Facts]]:
     """(path, shape on the mesh or device, shape as made, facts) of every array."""
 
     def matrix(path, own: Linear, theirs: Linear, join, widths=(), whole=(), inputs=None):
         weight, other = own.weight, theirs.weight
-        if not isinstance(weight, QuantizedTensor):
+        if isinstance(weight, DenseTensor):
+            assert isinstance(other, DenseTensor)
             # Tokens large beside what layers add, biases small: else every step gives the same token.
-            yield (
-                path,
-                weight.data,
-                other.data,
-                _Facts("normal", 4.0 if path == "embedding" else config.hidden_size**-0.5),
-            )
+            size = 4.0 if path == "embedding" else config.hidden_size**-0.5
+            yield path, weight.data, other.data, _Facts("normal", size)
             return
+        assert isinstance(other, QuantizedTensor)
         assert weight.layout == other.layout == LAYOUT and weight.zeros is None
         assert weight.group_size == other.group_size, f"{path}: groups are cut between devices"
         groups = None if inputs is None else inputs // other.group_size
@@ -145,7 +148,7 @@ def _arrays(ours: Decoder, split: Decoder, config: ModelConfig):
             yield "norm", own.scale, theirs.scale, _Facts("ones")
     yield "norm", ours.final_norm.scale, split.final_norm.scale, _Facts("ones")
     yield from matrix("embedding", ours.embedding, split.embedding, None)
-    if ours.lm_head is not None:
+    if ours.lm_head is not None and split.lm_head is not None:
         yield from matrix("lm_head", ours.lm_head, split.lm_head, None)
 
 

@@ -14,7 +14,7 @@ ONE_LAUNCH = re.compile("decode_step")
 
 def kernels(run: Callable[[], object]) -> dict[str, float]:
     """Milliseconds of each kernel of the first GPU while `run` runs and its results come; empty on other devices."""
-    busy: dict[str, float] = collections.Counter()
+    busy: dict[str, float] = collections.defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())

@@ -101,7 +101,7 @@ class Grid:
             which = -1 if self.stubborn else int(self.random.integers(0, len(self.copies)))
             target, at, data, barrier = self.copies.pop(which)
             target.bytes[at : at + len(data)] = data
-            if barrier is not None:  # a push to another card is nobody's to count
+            if barrier is not None:  # None: a push to another card
                 barrier.bytes -= len(data)
                 barrier.settle()
         return count > 0
