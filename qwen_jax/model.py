@@ -4,6 +4,7 @@ Layers that are alike form a block: their parameters are stacked and a scan walk
 know how a weight is stored (`linear.py`), where it comes from (`weights`, see `loading.py`) or how a cache is packed.
 """
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -116,8 +117,8 @@ class Attention(nnx.Module):
         scale = self.head_dim**-0.5
         if kv is not None:
             stored_BTGK = rotate(key_BTGK, step.rotary) if kv.quantized and bias_GK is not None else biased_BTGK
-            where = dict(axis=self.cache_axis, heads=self.heads, kernels=self.kernels)
-            kv = append(kv, cache_layer, stored_BTGK, value_BTGK, step.start_B, **where)
+            write = functools.partial(append, axis=self.cache_axis, heads=self.heads, kernels=self.kernels)
+            kv = write(kv, cache_layer, stored_BTGK, value_BTGK, step.start_B)
         if step.decode:
             assert kv is not None
             attended_BTHK = attend_decode(

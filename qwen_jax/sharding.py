@@ -321,9 +321,11 @@ class Placement:
         ids = [device.id for device in mesh.devices.flat]
         self.direct = len(self._devices) == len(ids) and ids == list(range(len(ids)))
 
-    def axis(self, name: str) -> tuple[str, ...] | str | None:
-        """The mesh axes a logical dimension lies on."""
-        return axis_of(name, self.mesh.axis_names)
+    def axis(self, name: str) -> tuple[str, ...] | str:
+        """The mesh axis, or axes, that a logical dimension is split over."""
+        found = axis_of(name, self.mesh.axis_names)
+        assert found is not None, name
+        return found
 
     def spec(self, names: Sequence[str]) -> P:
         """The PartitionSpec of an array with these dimensions."""

@@ -6,6 +6,8 @@ attends to its share, and the results are merged by the logarithms of their soft
 is one device's, and nothing is added.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -34,8 +36,8 @@ def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, *, axis: str | No
             return lax.dynamic_index_in_dim(new_BTGK.reshape(B, -1, n, G, K), mine, 2, keepdims=False)
 
         key_BTGK, value_BTGK, place_B = own(key_BTGK), own(value_BTGK), jnp.zeros_like(start_B)
-    options = dict(heads=heads, kernels=kernels, share=True)
-    return kv_attention.append(kv, layer, key_BTGK, value_BTGK, place_B, **options)
+    write = functools.partial(kv_attention.append, heads=heads, kernels=kernels, share=True)
+    return write(kv, layer, key_BTGK, value_BTGK, place_B)
 
 
 def attend_decode(

@@ -26,7 +26,7 @@ class RandomWeights:
         lm_head: "int8" for a head of 8 bits.
     """
 
-    cache_axis = None
+    cache_axis: str | None = None
 
     def __init__(
         self,

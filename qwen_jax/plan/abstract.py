@@ -158,8 +158,10 @@ class AbstractWeights:
         sharding = NamedSharding(self.mesh, spec(names, self.mesh.axis_names))
         return ShapeDtypeStruct(tuple(whole), jnp.dtype(dtype), sharding=sharding)
 
-    def _axis(self, name: str):
-        return axis_of(name, self.mesh.axis_names)
+    def _axis(self, name: str) -> tuple[str, ...] | str:
+        found = axis_of(name, self.mesh.axis_names)
+        assert found is not None, name
+        return found
 
 
 def _group_size(storage: Storage, inputs: int) -> int | None:
