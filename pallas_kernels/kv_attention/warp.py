@@ -272,11 +272,8 @@ def any_lane(condition):
 
 
 def warp_barrier():
-    """All lanes of the warp meet; their memory accesses are ordered.
-
-    An operation that LLVM knows as convergent: it may copy inline PTX into both sides of a branch, where lanes that
-    took different sides would meet apart.
-    """
+    """All lanes of the warp meet; their memory accesses are ordered."""
+    # LLVM knows this to be convergent; inline PTX it may copy into both sides of a branch, where lanes meet apart.
     nvvm.bar_warp_sync(i32(0xFFFFFFFF))
 
 
