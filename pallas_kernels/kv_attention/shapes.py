@@ -37,7 +37,6 @@ MODELS = {
 }
 BATCHES = (1, 8, 32, 64)
 CONTEXTS = (512, 2048, 8192, 32768)
-BENCHED = ("qwen-7b", "qwen2.5-7b", "qwen3-8b")
 
 
 def bytes_read(dims: AttentionDims, tokens: int, quantized: bool, itemsize: int = 2) -> int:

@@ -148,7 +148,8 @@ def _named(job: Mapping[str, Any]) -> dict[str, Any]:
 def build(job: Mapping[str, Any]) -> Decoder:
     """The model of a job."""
     names = ("bits", "dtype", "kernels", "layers", "one_launch", "lm_head")
-    return decode.build(job["model"], **{name: job.get(name) for name in names})
+    options: dict[str, Any] = {name: job.get(name) for name in names}
+    return decode.build(job["model"], **options)
 
 
 def _sizes(job: Mapping[str, Any]) -> tuple[int, int, int, int]:

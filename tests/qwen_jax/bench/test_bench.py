@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -11,6 +12,7 @@ from pallas_kernels.chip import compiling_for
 from qwen_jax import cli
 from qwen_jax.bench import attention, decode, floors, matmul, memory, processes
 from qwen_jax.bench.models import MODELS
+from qwen_jax.commands import bench_output
 from tests.qwen_jax.bench.test_mesh import SMALL
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -161,6 +163,13 @@ def test_refusals(arguments, message, capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("capability, dtype", [("7.5", "float16"), ("8.0", "bfloat16")])
+def test_the_dtype_of_an_older_gpu(capability, dtype, monkeypatch):
+    device = SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert (bench_output.resolve("auto"), bench_output.resolve("float32")) == (dtype, "float32")
 
 
 def test_shapes_of_a_model():

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from qwen_jax import cli
+from qwen_jax.bench import attention as attention_bench
+from qwen_jax.bench import matmul as matmul_bench
 from qwen_jax.bench import report
 
 BENCHMARKS = pathlib.Path(__file__).parents[3] / "benchmarks"
@@ -155,25 +157,23 @@ def test_hopper_survives_its_parts(tmp_path, monkeypatch, capsys):
     assert report.read([output])[1].keys() == {"7B", "torch_decode"}
 
 
-def test_the_parts_of_hopper(tmp_path, monkeypatch):
-    """Every command of ours is parsed by the command line as it stands."""
-    from tests.test_docs import parse
-
+def test_the_parts_of_hopper(tmp_path, monkeypatch, capsys):
+    """Every command of ours is one that the command line takes, and writes its results where they are looked for."""
+    asked = []
+    for module in (matmul_bench, attention_bench):
+        monkeypatch.setattr(module, "measure", lambda cases, **options: asked.append((cases, options)) or (3000.0, []))
     hopper = script("hopper", monkeypatch)
-    options = hopper.argparse.Namespace(
-        shapes=hopper.SHAPES,
-        rows=hopper.ROWS,
-        batch=(1, 8),
-        context=(2048,),
-        models=["7B"],
-        patience=9.0,
-        only=["humming"],
-    )
+    options = hopper.argparse.Namespace(shapes=hopper.SHAPES, rows=hopper.ROWS, batch=(1, 8), context=(2048,))
+    options.models, options.patience, options.only = ["7B"], 9.0, ["humming"]
     found = hopper.parts(options, tmp_path)
     for name in ("matmul", "matmul_int8", "matmul_xla", "attention"):
         words = found[name].command
-        parse(words[words.index("bench") :])
-    assert "--prefill" in found["7B"].command and all(
-        pathlib.Path(found[n].command[1]).is_file() for n in ("7B", "humming")
-    )
+        with pytest.raises(SystemExit) as exit:
+            cli.main(words[words.index("bench") :])
+        assert not exit.value.code and json.loads((tmp_path / f"{name}.json").read_text())["results"] == []
+    four, eight, xla, heads = (settings for _, settings in asked)
+    assert (four["bits"], eight["bits"], xla["kernels"], heads["batch"]) == ([4], [8], "xla", [1, 8])
+    assert four["rows"] == list(hopper.ROWS) and max(eight["rows"]) == 64 and len(asked[0][0]) == 5
+    model = found["7B"].command
+    assert "--prefill" in model and all(pathlib.Path(found[n].command[1]).is_file() for n in ("7B", "humming"))
     assert len(hopper.compiling(options)) == 10
