@@ -77,9 +77,10 @@ def quantization(file: pathlib.Path) -> plt.Figure:
     found = []
     for cells in rows(file):
         if len(cells) == 10 and cells[0] == "4":
-            name = f"{cells[1]}, {cells[2]}, scales {cells[3]}, propagation {cells[4]}, {cells[5]} rows"
-            found.append((name, float(cells[6])))
-    figure, axes = plt.subplots(figsize=(8, 0.32 * len(found) + 0.9))
+            words = [cells[2], cells[3].replace("extremes", "scales from extremes").replace("searched", "scales searched")]
+            words += ["propagation"] * (cells[4] == "1") + ["asymmetric"] * (cells[1] == "asymmetric")
+            found.append((", ".join([*words, f"{cells[5]} rows"]), float(cells[6])))
+    figure, axes = plt.subplots(figsize=(7, 0.32 * len(found) + 0.9))
     exact = float(re.search(r"(\d+\.\d+) in float", file.read_text(encoding="utf-8"))[1])
     for position, (_, value) in enumerate(found):
         axes.barh(position, value - exact, 0.6, left=exact, color=OURS)
