@@ -77,7 +77,7 @@ def quantization(file: pathlib.Path) -> plt.Figure:
     found = []
     for cells in rows(file):
         if len(cells) == 10 and cells[0] == "4":
-            words = [cells[2], cells[3].replace("extremes", "scales from extremes").replace("searched", "scales searched")]
+            words = [cells[2], "scales " + cells[3].replace("extremes", "from extremes")]
             words += ["propagation"] * (cells[4] == "1") + ["asymmetric"] * (cells[1] == "asymmetric")
             found.append((", ".join([*words, f"{cells[5]} rows"]), float(cells[6])))
     figure, axes = plt.subplots(figsize=(7, 0.32 * len(found) + 0.9))
