@@ -4,7 +4,8 @@
 
 One conversation a row (cuDNN's attention on a GPU); --packing lays four a row, kept apart. --peer runs PEFT's Q-LoRA
 (4-bit NF4 of bitsandbytes) at the same dimensions instead, where PyTorch, transformers, peft and bitsandbytes are
-installed. The last line is JSON.
+installed. --topology v5p:1x1x1 compiles the step for a TPU that need not be here and tells its memory. The last line is
+JSON.
 """
 
 import argparse
@@ -70,6 +71,59 @@ def ours(arguments) -> dict:
         "peak_bytes_before_the_first_step": loaded,
         "peak_bytes": device_peak(),
         "losses": [round(loss, 4) for loss in losses],
+    }
+
+
+def compiled(arguments) -> dict:
+    """Bytes of the training step on a TPU, by its compiler."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    import jax.numpy as jnp
+    from jax import ShapeDtypeStruct
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from converters import names, peft
+    from pallas_kernels.chip import compiling_for
+    from qwen_jax.bench import device_weights
+    from qwen_jax.bench.models import MODELS
+    from qwen_jax.finetune import FinetuneSettings
+    from qwen_jax.finetune.programs import State, TrainingPrograms
+    from qwen_jax.finetune.rows import Batch
+    from qwen_jax.plan import aot, chips
+    from qwen_jax.plan.abstract import Storage
+
+    config, topology, rank = MODELS[arguments.model], chips.parse(arguments.topology), arguments.rank
+    sharding = NamedSharding(aot.mesh_of(topology, 1, 1), PartitionSpec())
+    settings = FinetuneSettings(rank=rank, alpha=16, batch_size=arguments.rows, length=arguments.length)
+    layers, terms, shapes = config.num_layers, {}, names.modules(config)
+    for path in peft.chosen(config, settings.targets(config)):
+        inputs, outputs = shapes[path]
+        a, b = (layers, inputs, rank), (layers, rank, outputs)
+        terms[path.split(".", 2)[2]] = {key: ShapeDtypeStruct(s, jnp.float32) for key, s in (("a", a), ("b", b))}
+    tree = {"terms": {"0": terms}, "saved": {}}
+    scales = {"0": {module: ShapeDtypeStruct((layers,), jnp.float32) for module in terms}}
+    ids = ShapeDtypeStruct((1, arguments.rows, arguments.length), jnp.int32)
+    batch = Batch(ids, ids, ids, None, ShapeDtypeStruct(ids.shape[:2], jnp.int32))
+    with compiling_for(topology.chip.kind):
+        storage = Storage(bits=arguments.bits, group_size=arguments.group_size)
+        programs = TrainingPrograms(device_weights.shapes(config, storage, None), None, tree, scales, settings, 8)
+        state = jax.eval_shape(lambda tree: State(tree, programs.optimizer.init(tree), jnp.int32(0)), tree)
+        place = lambda leaf: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        step = programs._step.lower(*jax.tree.map(place, (state, programs.frozen, batch)))
+        memory = aot.compile_uncached(step).memory_analysis()
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return {
+        "compiled_for": arguments.topology,
+        "model": arguments.model,
+        "bits": arguments.bits,
+        "rank": rank,
+        "rows": arguments.rows,
+        "length": arguments.length,
+        "base_bytes": size(programs.frozen),
+        "state_bytes": size(state),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
     }
 
 
@@ -152,11 +206,12 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--topology")
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--peer-device", default="cuda")
     parser.add_argument("--output")
     arguments = parser.parse_args()
-    result = (peer if arguments.peer else ours)(arguments)
+    result = (compiled if arguments.topology else peer if arguments.peer else ours)(arguments)
     if arguments.output:
         with open(arguments.output, "w") as file:
             json.dump(result, file, indent=2)

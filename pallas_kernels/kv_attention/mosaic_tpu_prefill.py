@@ -8,6 +8,8 @@ from pallas_kernels import tpu
 
 LANES = 128
 LONGEST_BLOCK = 512
+BLOCKS = ("block_q", "block_kv", "block_kv_compute")
+BLOCKS += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")  # of the derivatives
 
 
 def unsupported(tokens: int, head_dim: int, dtype: str, chip: str) -> str | None:
@@ -31,7 +33,7 @@ def attend_prefill(query_BTHK, key_BTGK, value_BTGK, *, scale, sliding_window):
         mask = masks.LocalMask((T, T), window_size=(sliding_window - 1, 0), offset=0)
     kernel = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * (B * H)),
-        block_sizes=splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(BLOCKS, block)),
     )
 
     def heads_first(array_BTHK):

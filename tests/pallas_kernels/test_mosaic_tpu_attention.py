@@ -1,6 +1,7 @@
 """Decode attention and append for TPU under the TPU interpreter, against NumPy float64 and the float16 of NumPy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +161,27 @@ def test_prefill(window):
     assert mosaic_tpu_prefill.unsupported(200, 128, "bfloat16", "TPU v5") is not None
     assert "bfloat16, not float32" in mosaic_tpu_prefill.unsupported(256, 128, "float32", "TPU v5")
     assert mosaic_tpu_prefill.unsupported(256, 128, "bfloat16", "cpu") == "it needs a TPU"
+
+
+def test_derivatives_of_prefill():
+    """What fine-tuning needs: with respect to query, key and value, against those of XLA in float32."""
+    rng = np.random.default_rng(7)
+    arrays = [jnp.asarray(rng.normal(0.2, 1, (1, 128, heads, 128)), jnp.bfloat16) for heads in (2, 1, 1, 2)]
+
+    def gradients(attend, query, key, value, weight):
+        def loss(query, key, value):
+            return jnp.sum(attend(query, key, value).astype(jnp.float32) * weight.astype(jnp.float32))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+
+    options = dict(scale=128**-0.5, sliding_window=None)
+    splash = functools.partial(mosaic_tpu_prefill.attend_prefill, **options)
+    plain = functools.partial(xla.attend_prefill, lengths_B=None, **options)
+    got = interpreted(functools.partial(gradients, splash), *arrays)
+    want = gradients(plain, *(array.astype(jnp.float32) for array in arrays))
+    for ours, theirs in zip(got, want, strict=True):
+        error = np.asarray(ours, np.float64) - np.asarray(theirs)
+        assert np.linalg.norm(error) < 3 * LIMIT * np.linalg.norm(theirs)
 
 
 def test_float16_bits():

@@ -49,7 +49,9 @@ def tokens(programs: Programs, dtype="float32"):
 GROUPED = dataclasses.replace(SMALL, num_heads=28, num_kv_heads=4, head_dim=16)
 
 
-@pytest.mark.parametrize("config, mesh", [(SMALL, "1x2"), (GROUPED, "1x8"), pytest.param(GROUPED, "1x4x2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "config, mesh", [(SMALL, "1x2"), (GROUPED, "1x8"), pytest.param(GROUPED, "1x4x2", marks=pytest.mark.slow)]
+)
 def test_the_model_of_one_device(config, mesh):
     source = RandomCheckpoint(config, dtype="float32")
     one = Programs(Decoder(config, CheckpointWeights(source, dtype="float32"), dtype="float32"))
