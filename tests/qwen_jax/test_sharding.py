@@ -419,12 +419,12 @@ def test_sampling_from_a_split_vocabulary(settings):
     seen = rng.random((B, V)) < 0.2
     step = np.arange(B, dtype=np.int32)
     numbers, filters = device_sampler(SamplingConfig(**settings), np.arange(B) % 5)
-    want = sample(logits, seen, step, numbers, filters, WHOLE)
+    want, _ = sample(logits, seen, step, numbers, filters, WHOLE)
     lowest = np.full((B, 64 - V), np.finfo(np.float32).min, np.float32)
     padded = np.concatenate([logits, lowest], axis=1), np.pad(seen, ((0, 0), (0, 64 - V)))
 
     def local(logits, seen, step):
-        token = sample(logits, seen, step, numbers, filters, vocabulary)
+        token, _ = sample(logits, seen, step, numbers, filters, vocabulary)
         return token, vocabulary.at(logits, token), vocabulary.mark(seen, token)
 
     split = jax.shard_map(
