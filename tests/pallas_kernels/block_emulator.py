@@ -6,16 +6,49 @@ late and in a random order; a wait that nothing can end raises `Deadlock`.
 """
 
 import contextlib
-import operator
 import threading
 
 import ml_dtypes
 import numpy as np
 
+from tests.pallas_kernels.thread_values import (  # noqa: F401  most for the kernels, whose `w` this module is
+    FLOATS,
+    add,
+    as_float,
+    as_word,
+    both,
+    divide,
+    either,
+    equal,
+    exp2,
+    float_equal,
+    float_less,
+    fma,
+    iadd,
+    imax,
+    imin,
+    imul,
+    ixor,
+    less,
+    log2,
+    maximum,
+    minimum,
+    mul,
+    pack,
+    pairs,
+    permute,
+    reciprocal,
+    round_to_float16,
+    select,
+    sub,
+    subtract_f16x2,
+    to_byte,
+    unpack,
+    word,
+)
+
 LANES = 32
 _LANE = np.arange(LANES)
-_HALVES = {"f16": np.float16, "bf16": ml_dtypes.bfloat16}
-_FLOATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _here = threading.local()
 
 
@@ -165,107 +198,27 @@ def f32(value):
     return np.full(LANES, value, np.float32)
 
 
-def _int(value):
-    return i32(int(value)) if isinstance(value, int | np.integer) else value
-
-
-def _integer(operation):
-    def apply(a, b):
-        with np.errstate(over="ignore"):
-            return operation(_int(a), _int(b)).astype(np.int32)
-
-    return apply
-
-
-def _float(operation):
-    def apply(*values):
-        with np.errstate(all="ignore"):
-            return np.asarray(operation(*values), np.float32)
-
-    return apply
-
-
-def iadd(*terms):
-    total = i32(0)
-    for term in terms:
-        total = (total + _int(term)).astype(np.int32)
-    return total
-
-
 def _divided(operation):
     def apply(a, b):
-        a, b = _int(a), _int(b)
+        a, b = word(a), word(b)
         assert ((a >= 0) & (b > 0))[_on()].all(), "unsigned division of a negative number"
         return operation(a.view(np.uint32), np.where(b == 0, 1, b).view(np.uint32)).astype(np.int32)
 
     return apply
 
 
-imul, ixor = _integer(np.multiply), _integer(np.bitwise_xor)
-imin, imax = _integer(np.minimum), _integer(np.maximum)
 idiv, irem = _divided(np.floor_divide), _divided(np.remainder)
-add, sub, mul, divide = (_float(operation) for operation in (np.add, np.subtract, np.multiply, np.divide))
-maximum, minimum = _float(np.fmax), _float(np.fmin)
-fma = _float(lambda a, b, c: np.float64(a) * b + c)
-exp2, log2, reciprocal = _float(np.exp2), _float(np.log2), _float(np.reciprocal)
-
-
-def less(a, b):
-    return _int(a) < _int(b)
-
-
-def equal(a, b):
-    return _int(a) == _int(b)
-
-
-both = np.bitwise_and
-as_float = operator.methodcaller("view", np.float32)
-float_equal = np.equal
-select = np.where
-
-
-def round_to_float16(x):
-    return x.astype(np.float16).astype(np.float32)
-
-
-def to_byte(x):
-    return np.clip(np.rint(x), 0, 255).astype(np.int32)
-
-
-def permute(a, b, selector):
-    b = np.broadcast_to(_int(b), (LANES,)).copy()
-    eight = np.concatenate([a[:, None].view(np.uint8), b[:, None].view(np.uint8)], axis=1)
-    bytes_ = np.stack([eight[:, selector >> 4 * n & 15] for n in range(4)], axis=1)
-    return np.ascontiguousarray(bytes_).view(np.int32)[:, 0]
-
-
-def pack(low, high, half):
-    with np.errstate(all="ignore"):
-        return np.stack([low, high], axis=1).astype(_HALVES[half]).view(np.int32)[:, 0]
-
-
-def _pairs(word, half):
-    return np.ascontiguousarray(word)[:, None].view(_HALVES[half])
-
-
-def unpack(word, half):
-    pairs = _pairs(word, half).astype(np.float32)
-    return pairs[:, 0].copy(), pairs[:, 1].copy()
-
-
-def subtract_f16x2(a, b):
-    return np.ascontiguousarray(_pairs(a, "f16") - _pairs(b, "f16")).view(np.int32)[:, 0]
 
 
 def mma(acc, a, b, half):
     g, t = _LANE // 4, _LANE % 4
     left, right, total = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
-    for index, word in enumerate(a):
+    for index, half_words in enumerate(a):
         for e in range(2):
-            left[g + index % 2 * 8, 2 * t + e + index // 2 * 8] = _pairs(word, half)[:, e]
-    for index, word in enumerate(b):
+            left[g + index % 2 * 8, 2 * t + e + index // 2 * 8] = pairs(half_words, half)[:, e]
+    for index, half_words in enumerate(b):
         for e in range(2):
-            right[2 * t + e + index * 8, g] = _pairs(word, half)[:, e]
+            right[2 * t + e + index * 8, g] = pairs(half_words, half)[:, e]
     for index, value in enumerate(acc):
         total[g + index // 2 * 8, 2 * t + index % 2] = value
     with np.errstate(all="ignore"):
@@ -275,7 +228,7 @@ def mma(acc, a, b, half):
 
 def transpose(word):
     g, t = _LANE // 4, _LANE % 4
-    halves, matrix = _pairs(word, "f16").view(np.uint16), np.zeros((8, 8), np.uint16)
+    halves, matrix = pairs(word, "f16").view(np.uint16), np.zeros((8, 8), np.uint16)
     for e in range(2):
         matrix[g, 2 * t + e] = halves[:, e]
     return np.ascontiguousarray(np.stack([matrix[2 * t + e, g] for e in range(2)], axis=1)).view(np.int32)[:, 0]
@@ -299,11 +252,11 @@ def fence_device():
 
 
 def offset(pointer, byte_offset):
-    return Pointer(pointer.memory, pointer.at + _int(byte_offset))
+    return Pointer(pointer.memory, pointer.at + word(byte_offset))
 
 
 def element(pointer, index, size):
-    return Pointer(pointer.memory, pointer.at + np.int64(_int(index)) * size)
+    return Pointer(pointer.memory, pointer.at + np.int64(word(index)) * size)
 
 
 def _load(pointer, byte_offset, size, dtype):
@@ -341,13 +294,13 @@ def store_floats(pointer, byte_offset, values):
 
 
 def load_float_of(pointer, byte_offset, dtype):
-    kind = np.dtype(_FLOATS[dtype])
+    kind = np.dtype(FLOATS[dtype])
     return _load(pointer, byte_offset, kind.itemsize, kind)[:, 0].astype(np.float32)
 
 
 def store_float_as(pointer, byte_offset, value, dtype):
     with np.errstate(all="ignore"):
-        _store(pointer, byte_offset, value.astype(_FLOATS[dtype]))
+        _store(pointer, byte_offset, value.astype(FLOATS[dtype]))
 
 
 def store_byte(pointer, byte_offset, value):
@@ -405,7 +358,7 @@ def shift_right(word, count):
 
 
 def subtract_bf16x2(a, b):
-    difference = _pairs(a, "bf16").astype(np.float32) - _pairs(b, "bf16").astype(np.float32)
+    difference = pairs(a, "bf16").astype(np.float32) - pairs(b, "bf16").astype(np.float32)
     return np.ascontiguousarray(difference.astype(ml_dtypes.bfloat16)).view(np.int32)[:, 0]
 
 

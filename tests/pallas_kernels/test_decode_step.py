@@ -1,8 +1,6 @@
 """The persistent decode kernel's code: all warps of a small grid on the emulator, against NumPy in float64."""
 
 import dataclasses
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +23,12 @@ from pallas_kernels.kv_attention import mosaic_gpu_append, mosaic_gpu_fragments
 from pallas_kernels.kv_attention.reference import rotary_tables
 from pallas_kernels.kv_attention.tensor import KVArrays
 from pallas_kernels.quantized_matmul import QuantizedTensor, layout, layout_mosaic_gpu
+from tests.pallas_kernels import block_emulator as emulator
 
 K = 128
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-def _neighbour(name):
-    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-emulator = _neighbour("block_emulator")
 MODULES = (attention, consumer, kernel, layer, loader, matmul, newest, mosaic_gpu_append, mosaic_gpu_fragments)
 
 

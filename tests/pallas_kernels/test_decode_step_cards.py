@@ -1,8 +1,6 @@
 """The persistent decode kernel over several cards: all blocks on one emulator, pushes landing late and shuffled."""
 
 import copy
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +12,10 @@ from pallas_kernels.decode_step import cards, group, kernel, op
 from pallas_kernels.kv_attention.tensor import KVArrays
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu
 from qwen_jax.weight_cuts import take_columns, take_rows
+from tests.pallas_kernels import block_emulator as emulator
+from tests.pallas_kernels import test_decode_step as one_card
 
-spec = importlib.util.spec_from_file_location("one_card", pathlib.Path(__file__).with_name("test_decode_step.py"))
-one_card = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(one_card)
-emulator, K = one_card.emulator, one_card.K
+K = one_card.K
 
 
 def push(pointer, value, number):

@@ -4,9 +4,6 @@ Here is what the GPU interpreter cannot run: fragments, byte permutations, mma, 
 warps and of slices, and the prefix sum. Blocks run one after the other, driven as the kernel's own loop drives them.
 """
 
-import importlib.util
-import pathlib
-
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -24,16 +21,8 @@ from pallas_kernels.kv_attention import (
 from pallas_kernels.kv_attention.mosaic_gpu_fragments import TileShape
 from pallas_kernels.kv_attention.mosaic_gpu_schedule import Schedule
 from pallas_kernels.kv_attention.tensor import KVArrays
+from tests.pallas_kernels import warp_emulator as emulator
 
-
-def _neighbour(name):
-    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-emulator = _neighbour("warp_emulator")
 MODULES = (mosaic_gpu_append, mosaic_gpu_fragments, mosaic_gpu_key_bias, mosaic_gpu_merge, mosaic_gpu_schedule)
 FLOATS = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 

@@ -6,8 +6,6 @@ lowered here and run by the tests marked gpu.
 """
 
 import functools
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +18,7 @@ from pallas_kernels.kv_attention.mosaic_gpu_fragments import TileShape
 from pallas_kernels.kv_attention.mosaic_gpu_schedule import Schedule
 from pallas_kernels.kv_attention.op import AttentionShape
 from pallas_kernels.kv_attention.tensor import KVArrays
-
-
-def _neighbour(name):
-    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-portable = _neighbour("kv_attention_portable")
+from tests.pallas_kernels import kv_attention_portable as portable
 
 
 def random_cache(random, dims, dtype):

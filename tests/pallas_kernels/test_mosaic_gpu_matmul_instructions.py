@@ -3,9 +3,6 @@
 Here is what the GPU interpreter cannot run: masks, exact casts, zero-points through sums, fragments, ldmatrix, mma.
 """
 
-import importlib.util
-import pathlib
-
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,18 +13,9 @@ from pallas_kernels.quantized_matmul import layout_mosaic_gpu as own_layout
 from pallas_kernels.quantized_matmul import mosaic_gpu_fragments as fragments
 from pallas_kernels.quantized_matmul import mosaic_gpu_large_warp as large
 from pallas_kernels.quantized_matmul import mosaic_gpu_small_warp as small
+from tests.pallas_kernels import ptx_emulator as emulator
 
 FLOATS = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-
-
-def _neighbour(name):
-    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-emulator = _neighbour("ptx_emulator")
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,46 @@ thread wrote and another reads or writes, or one read and another writes, with n
 
 import contextlib
 
-import ml_dtypes
 import numpy as np
+
+from tests.pallas_kernels.thread_values import (  # noqa: F401  most for the kernels, whose `w` this module is
+    FLOATS,
+    add,
+    as_float,
+    as_word,
+    both,
+    divide,
+    either,
+    equal,
+    exp2,
+    float_equal,
+    float_less,
+    fma,
+    iadd,
+    imax,
+    imin,
+    imul,
+    ixor,
+    less,
+    log2,
+    maximum,
+    minimum,
+    mul,
+    pack,
+    pairs,
+    permute,
+    reciprocal,
+    round_to_float16,
+    select,
+    sub,
+    subtract_f16x2,
+    to_byte,
+    unpack,
+    word,
+)
 
 THREADS = 128
 _LANE, _WARP = np.arange(THREADS) % 32, np.arange(THREADS) // 32
-_HALVES = {"f16": np.float16, "bf16": ml_dtypes.bfloat16}
-_FLOATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _active = [np.ones(THREADS, bool)]
 _clock = {"group": 0, "warp": 0}
 
@@ -91,121 +124,24 @@ def f32(value):
     return np.full(THREADS, value, np.float32)
 
 
-def _int(value):
-    return i32(value) if isinstance(value, int) else value
+def idiv(a, b):
+    return (word(a).view(np.uint32) // word(b).view(np.uint32)).astype(np.int32)
 
 
-def _integer(operation):
-    def apply(a, b):
-        with np.errstate(over="ignore"):
-            return operation(_int(a), _int(b)).astype(np.int32)
-
-    return apply
-
-
-def _float(operation):
-    def apply(*values):
-        with np.errstate(all="ignore"):
-            return np.asarray(operation(*values), np.float32)
-
-    return apply
-
-
-def iadd(*terms):
-    total = i32(0)
-    for term in terms:
-        total = (total + _int(term)).astype(np.int32)
-    return total
-
-
-imul, ixor = _integer(np.multiply), _integer(np.bitwise_xor)
-imin, imax = _integer(np.minimum), _integer(np.maximum)
-idiv = _integer(lambda a, b: a.view(np.uint32) // b.view(np.uint32))
-irem = _integer(lambda a, b: a.view(np.uint32) % b.view(np.uint32))
-add, sub, mul, divide = (_float(operation) for operation in (np.add, np.subtract, np.multiply, np.divide))
-maximum, minimum = _float(np.fmax), _float(np.fmin)
-fma = _float(lambda a, b, c: np.float64(a) * b + c)
-exp2, log2, reciprocal = _float(np.exp2), _float(np.log2), _float(np.reciprocal)
-
-
-def less(a, b):
-    return _int(a) < _int(b)
-
-
-def equal(a, b):
-    return _int(a) == _int(b)
-
-
-def both(a, b):
-    return a & b
-
-
-def either(a, b):
-    return a | b
-
-
-def float_less(a, b):
-    return a < b
-
-
-def float_equal(a, b):
-    return a == b
-
-
-def select(condition, a, b):
-    return np.where(condition, a, b)
-
-
-def as_word(x):
-    return x.view(np.int32)
-
-
-def as_float(word):
-    return word.view(np.float32)
-
-
-def round_to_float16(x):
-    return x.astype(np.float16).astype(np.float32)
-
-
-def to_byte(x):
-    return np.clip(np.rint(x), 0, 255).astype(np.int32)
-
-
-def permute(a, b, selector):
-    eight = np.concatenate([a[:, None].view(np.uint8), b[:, None].view(np.uint8)], axis=1)
-    picked = np.stack([eight[:, selector >> 4 * place & 15] for place in range(4)], axis=1)
-    return np.ascontiguousarray(picked).view(np.int32)[:, 0]
-
-
-def pack(low, high, half):
-    with np.errstate(all="ignore"):
-        return np.stack([low, high], axis=1).astype(_HALVES[half]).view(np.int32)[:, 0]
-
-
-def _pairs(word, half):
-    return np.ascontiguousarray(word)[:, None].view(_HALVES[half])
-
-
-def unpack(word, half):
-    pairs = _pairs(word, half).astype(np.float32)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def subtract_f16x2(a, b):
-    return np.ascontiguousarray(_pairs(a, "f16") - _pairs(b, "f16")).view(np.int32)[:, 0]
+def irem(a, b):
+    return (word(a).view(np.uint32) % word(b).view(np.uint32)).astype(np.int32)
 
 
 def mma(acc, a, b, half):
     """Row g or g + 8, depth 2t + {0, 1} or + 8; see the PTX manual, m16n8k16."""
     g, t = _LANE // 4, _LANE % 4
     left, right, total = np.zeros((4, 16, 16)), np.zeros((4, 16, 8)), np.zeros((4, 16, 8))
-    for index, word in enumerate(a):
+    for index, half_words in enumerate(a):
         for e in range(2):
-            left[_WARP, g + index % 2 * 8, 2 * t + e + index // 2 * 8] = _pairs(word, half)[:, e]
-    for index, word in enumerate(b):
+            left[_WARP, g + index % 2 * 8, 2 * t + e + index // 2 * 8] = pairs(half_words, half)[:, e]
+    for index, half_words in enumerate(b):
         for e in range(2):
-            right[_WARP, 2 * t + e + index * 8, g] = _pairs(word, half)[:, e]
+            right[_WARP, 2 * t + e + index * 8, g] = pairs(half_words, half)[:, e]
     for index, value in enumerate(acc):
         total[_WARP, g + index // 2 * 8, 2 * t + index % 2] = value
     with np.errstate(all="ignore"):
@@ -215,7 +151,7 @@ def mma(acc, a, b, half):
 
 def transpose(word):
     g, t = _LANE // 4, _LANE % 4
-    halves, matrix = _pairs(word, "f16").view(np.uint16), np.zeros((4, 8, 8), np.uint16)
+    halves, matrix = pairs(word, "f16").view(np.uint16), np.zeros((4, 8, 8), np.uint16)
     for e in range(2):
         matrix[_WARP, g, 2 * t + e] = halves[:, e]
     turned = np.stack([matrix[_WARP, 2 * t + e, g] for e in range(2)], axis=1)
@@ -265,11 +201,11 @@ def thread_index():
 
 
 def offset(pointer, byte_offset):
-    return Pointer(pointer.memory, pointer.at + _int(byte_offset))
+    return Pointer(pointer.memory, pointer.at + word(byte_offset))
 
 
 def element(pointer, index, size):
-    return Pointer(pointer.memory, pointer.at + np.int64(_int(index)) * size)
+    return Pointer(pointer.memory, pointer.at + np.int64(word(index)) * size)
 
 
 def _load(pointer, byte_offset, size, dtype, alignment=None):
@@ -303,13 +239,13 @@ def store_floats(pointer, byte_offset, values):
 
 
 def load_float_of(pointer, byte_offset, dtype):
-    kind = np.dtype(_FLOATS[dtype])
+    kind = np.dtype(FLOATS[dtype])
     return _load(pointer, byte_offset, kind.itemsize, kind)[:, 0].astype(np.float32)
 
 
 def store_float_as(pointer, byte_offset, value, dtype):
     with np.errstate(all="ignore"):
-        _store(pointer, byte_offset, value.astype(_FLOATS[dtype]))
+        _store(pointer, byte_offset, value.astype(FLOATS[dtype]))
 
 
 def store_byte(pointer, byte_offset, value):
