@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from converters import gptq
-from converters.safetensors_files import Runs, length
+from converters.safetensors_files import Runs, at_runs, length
 from pallas_kernels.quantized_matmul import layout
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 from qwen_jax.config import QuantizationConfig
@@ -89,10 +89,11 @@ def read(
     zeros, _ = read_zeros(parts, settings, config, width, where)
     permutation = read_permutation(parts, settings, in_features, where)
     packed = np.ascontiguousarray(parts[PACKED].T)
-    packed = gptq.reorder(packed, permutation, settings.bits, in_features)
+    packed = gptq.reorder(packed, permutation, settings.bits, in_features, rows)
     group_size, _ = gptq.group_size_and_count(settings, in_features)
     scales = np.ascontiguousarray(parts[SCALES].T)
     zeros = gptq.part_of_zeros(zeros, settings, rows, columns)
+    permutation = None if permutation is None else at_runs(permutation, rows, 0)
     in_features = in_features if rows is None else length(rows)
     return QuantizedTensor(packed, scales, zeros, permutation, settings.bits, group_size, in_features)
 

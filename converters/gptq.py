@@ -124,11 +124,30 @@ def read_permutation(
     return permutation
 
 
-def reorder(packed: np.ndarray, permutation: np.ndarray | None, bits: int, in_features: int) -> np.ndarray:
-    """Packed rows in the order of `permutation`: new row r is old row permutation[r]."""
+def reorder(
+    packed: np.ndarray, permutation: np.ndarray | None, bits: int, in_features: int, rows: Runs | None = None
+) -> np.ndarray:
+    """Packed rows in the order of `permutation`: new row r is old row permutation[r].
+
+    With `rows` those new rows alone, of old ones that lie at `scattered(permutation, rows, bits)`.
+    """
     if permutation is None:
         return packed
-    return layout.pack(layout.unpack(packed, bits, in_features)[permutation], bits)
+    if rows is None:
+        return layout.pack(layout.unpack(packed, bits, in_features)[permutation], bits)
+    there = at_runs(np.arange(in_features), scattered(permutation, rows, bits), 0)
+    place = np.searchsorted(there, at_runs(permutation, rows, 0))
+    return layout.pack(layout.unpack(packed, bits, len(there))[place], bits)
+
+
+def scattered(permutation: np.ndarray, rows: Runs, bits: int) -> Runs:
+    """The old rows, in whole words, among which the new `rows` of an act-order lie."""
+    unit = {2: 16, 3: 32, 4: 8, 8: 4}[bits]
+    blocks = np.unique(at_runs(permutation, rows, 0) // unit)
+    ends = np.flatnonzero(np.diff(blocks) > 1)
+    starts, stops = blocks[[0, *(ends + 1)]] * unit, (blocks[[*ends, -1]] + 1) * unit
+    stops = np.minimum(stops, len(permutation))
+    return tuple(slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True))
 
 
 def boxes(settings: ModuleSettings, rows: Runs | None, columns: Runs | None) -> dict[str, tuple]:
@@ -136,7 +155,7 @@ def boxes(settings: ModuleSettings, rows: Runs | None, columns: Runs | None) -> 
 
     Args:
         settings: of the module.
-        rows: whole words and groups of the matrix's rows; None for all, as the next.
+        rows: whole words and groups of the matrix's rows, in the file's order; None for all, as the next.
         columns: of the matrix.
     """
     return {PACKED: (divided(rows, 32, settings.bits), columns), SCALES: (groups_of(rows, settings), columns)}
@@ -172,7 +191,7 @@ def read(
         config: of the checkpoint.
         in_features: rows of the whole matrix.
         where: begins messages: file and module.
-        rows: those that the parts hold, None for all; not with act-order.
+        rows: those that the parts hold, None for all; of act-order, sorted ones, their words as `scattered` tells.
         columns: likewise.
         out_features: columns of the whole matrix; needed with `columns`.
 
@@ -182,9 +201,10 @@ def read(
     width: int = out_features or parts["scales"].shape[1]
     zeros, _ = read_zeros(parts, settings, config, width, where)
     permutation = read_permutation(parts, settings, in_features, where)
-    packed = reorder(parts["qweight"], permutation, settings.bits, in_features)
+    packed = reorder(parts["qweight"], permutation, settings.bits, in_features, rows)
     group_size, _ = group_size_and_count(settings, in_features)
     zeros = part_of_zeros(zeros, settings, rows, columns)
+    permutation = None if permutation is None else at_runs(permutation, rows, 0)
     in_features = in_features if rows is None else length(rows)
     return QuantizedTensor(packed, parts["scales"], zeros, permutation, settings.bits, group_size, in_features)
 

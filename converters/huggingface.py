@@ -119,9 +119,9 @@ class Checkpoint:
         Args:
             path: of the module.
             rows: runs of its inputs; None for all. Of a quantized one whole words and groups (words alone of a
-                single group), and without act-order.
+                single group); of one with act-order in the order of its groups, as the whole module has them.
             columns: runs of its outputs; None for all. The weight is that of these rows and columns, and no other of
-                its bytes are read; the bias is whole.
+                its bytes are read, but for act-order's neighbours in a word; the bias is whole.
 
         Raises:
             CheckpointError: if the tensors contradict the settings.
@@ -136,6 +136,9 @@ class Checkpoint:
             return Module(DenseTensor(data, FLOATS[stored["weight"].dtype], in_features, "transposed"), bias)
         reader, settings, config = found
         boxes = reader.boxes(settings, rows, columns)
+        if rows is not None and (permutation := self.read_permutation(path)) is not None:
+            words = gptq.scattered(permutation, rows, settings.bits)
+            boxes[reader.PACKED] = reader.boxes(settings, words, columns)[reader.PACKED]
         parts = {
             name: tensor.read_box(*boxes[name]) if name in boxes else tensor.read()
             for name, tensor in stored.items()

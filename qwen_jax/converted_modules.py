@@ -11,7 +11,7 @@ import numpy as np
 from converters import names, orbax
 from converters.gptq import divided
 from converters.huggingface import Module, ModuleSpec
-from converters.safetensors_files import Runs, length
+from converters.safetensors_files import Runs, at_runs, length
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.config import ModelConfig
@@ -89,6 +89,8 @@ class ConvertedModules:
         statics["in_features"] = statics["in_features"] if rows is None else length(rows)
         if statics.pop("kind") == "quantized":
             leaves.pop("data")
+            if leaves["permutation"] is not None:
+                leaves["permutation"] = at_runs(leaves["permutation"], rows, 0)
             return Module(QuantizedTensor(**leaves, **statics), bias)
         return Module(DenseTensor(leaves["data"], **statics), bias)
 

@@ -100,7 +100,8 @@ class ShardedWeights(CheckpointWeights):
             weight = module.weight
             if isinstance(weight, QuantizedTensor) and weight.permutation is not None:
                 if path == "attention.output":
-                    inputs.append(self._gathered_places(weight.permutation)[rows_NI])
+                    order = self.checkpoint.read_permutation(f"layers.{layer}.{path}")
+                    inputs.append(self._gathered_places(order)[rows_NI])
                 weight = dataclasses.replace(weight, permutation=None)
             cuts = {number: take_rows(weight, cut_NI[number], group_size) for number in self.placement.numbers}
             biases.append(take_bias(module.bias, np.arange(weight.out_features)))
@@ -198,14 +199,11 @@ class ShardedWeights(CheckpointWeights):
     # -- placing -------------------------------------------------------------------------------------------------------
 
     def _read(self, path: str, *, rows_NI=None, columns_NO=None) -> tuple[Module, np.ndarray]:
-        """A module with what this process's devices need of it, and where in that the wanted rows or columns are.
-
-        Of act-order all rows are read, because a group's lie scattered in the file.
-        """
+        """A module with what this process's devices need of it, and where in that the wanted rows or columns are."""
         wanted = rows_NI if columns_NO is None else columns_NO
         assert wanted is not None
         item = self.checkpoint.spec(path)
-        if len(self.placement.numbers) == self.placement.parts or (rows_NI is not None and item.has_permutation):
+        if len(self.placement.numbers) == self.placement.parts:
             return self.checkpoint.read(path), wanted
         unit, size = 1, item.out_features
         if rows_NI is not None:

@@ -41,7 +41,7 @@ def run(kernel, function, *arguments, **options):
 @pytest.mark.parametrize("kernel, quantized, bias, window", [
     (xla, False, False, 100),
     (xla, True, True, None),
-    (mosaic_tpu, False, False, None),
+    pytest.param(mosaic_tpu, False, False, None, marks=pytest.mark.slow),
     (mosaic_tpu, True, True, None),
 ])  # fmt: skip
 def test_shares_merge_to_the_whole(monkeypatch, kernel, quantized, bias, window, n=2):

@@ -146,9 +146,11 @@ def test_two_processes_equal_one_device(tmp_path, mesh):
         np.testing.assert_array_equal(got["tokens"][:, -8:], want["gptq_greedy"])
 
 
-@pytest.mark.parametrize(
-    "case", ["qwen1-int4-g32/source", "qwen1-int4-g32/quantized", "qwen2-int4-per-channel/quantized"]
-)
+@pytest.mark.parametrize("case", [
+    pytest.param("qwen1-int4-g32/source", marks=pytest.mark.slow),
+    "qwen1-int4-g32/quantized",
+    "qwen2-int4-per-channel/quantized",
+])  # fmt: skip
 def test_each_process_reads_its_own_part(tmp_path, case):
     """Of every matrix, packed words and scales of groups, two processes read a half each."""
     folder = GOLDEN / case

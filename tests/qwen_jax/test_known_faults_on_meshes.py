@@ -31,7 +31,7 @@ def test_a_short_last_group(tmp_path, mesh):
     assert relative_error(loaded(folder, mesh)(ids), loaded(folder)(ids)) < LIMIT
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_sums_between_devices_are_float32(devices):
     """4096 inputs of 64, weights +1 in the first half and −1 in the second: what each device adds up is beyond
     float16, or is what float16 rounds; and a row has the same result whatever number of rows it is part of."""
