@@ -37,8 +37,10 @@ class RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """See `ProgressColumn`."""
-        speed = task.finished_speed or task.speed if task.total is not None else None
-        if not speed:
+        speed = task.finished_speed or task.speed
+        if speed is None and (seconds := task.finished_time or task.elapsed):  # units that take long, or one alone
+            speed = task.completed / seconds
+        if not speed or task.total is None:
             return Text("")
         if task.fields["unit"] == BYTES:
             return Text(f"{speed / 1e6:,.0f} MB/s", style="cyan")
@@ -46,14 +48,18 @@ class RateColumn(ProgressColumn):
 
 
 class TimeColumn(ProgressColumn):
-    """The time left, and what it took once the step is over."""
+    """The time left; before that can be told the time so far, and what it took once the step is over."""
 
     def render(self, task: Task) -> Text:
         """See `ProgressColumn`."""
         if task.finished:
             return Text(f"{clock(task.finished_time or 0)}", style="dim")
         left = task.time_remaining
-        return Text("" if left is None else f"{clock(left)} left", style="magenta")
+        if left is None and task.completed and task.total:  # one unit says enough, when each takes long
+            left = (task.elapsed or 0) / task.completed * (task.total - task.completed)
+        if left is None:
+            return Text(f"{clock(task.elapsed or 0)} so far", style="dim")
+        return Text(f"{clock(left)} left", style="magenta")
 
 
 def clock(seconds: float) -> str:
