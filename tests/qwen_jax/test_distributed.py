@@ -132,7 +132,7 @@ def bytes_read(folder, mesh, path):
 # -- tests -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", ["2x4", pytest.param("1x8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", ["2x4", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x8", "1x2x4"))])
 def test_two_processes_equal_one_device(tmp_path, mesh):
     done = ends(begin(worker("answer", mesh, str(tmp_path / "out"))), 240)
     assert [code for code, *_ in done] == [0, 0], done

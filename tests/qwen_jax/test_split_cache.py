@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.kv_attention import KVArrays
-from qwen_jax import split_cache
+from qwen_jax import QwenForCausalLM, split_cache
 from qwen_jax.finetune import finetune
 from qwen_jax.sharded_programs import ShardedPrograms
 from qwen_jax.sharding import mesh_name, parse_mesh
-from tests.qwen_jax.test_golden import CASES, FOLDER, GOLDEN
-from tests.qwen_jax.test_sharding import ACT_ORDER, COLLECTIVES, check_8_bit_cache, check_case, on_mesh
+from tests.qwen_jax.test_golden import CASES, FOLDER, GOLDEN, decode_logits, golden, load, relative_error
+from tests.qwen_jax.test_model_features import QWEN2, edited
+from tests.qwen_jax.test_sharding import ACT_ORDER, COLLECTIVES, LIMIT, check_8_bit_cache, check_case, on_mesh
 
 MESHES = [(1, 1, 2), (1, 2, 2), (1, 1, 3), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
 ALL = [(case, kind, *mesh) for case in CASES for kind in FOLDER for mesh in MESHES]
@@ -25,6 +26,31 @@ ALL = [(case, kind, *mesh) for case in CASES for kind in FOLDER for mesh in MESH
 def test_equals_one_device_everywhere(case, kind, data, model, sequence):
     check_case(case, kind, data, model, sequence)
     check_8_bit_cache(case, kind, data, model, sequence)
+
+
+@pytest.mark.slow
+def test_sampling_adapters_and_a_rounded_head():
+    ids, tokens = golden(ACT_ORDER)["ids"], golden(ACT_ORDER)["gptq_greedy"][:, :3]
+    settings = dict(max_new_tokens=9, do_sample=True, eos_token_id=[], seed=[3, 4], repetition_penalty=1.3)
+    settings |= dict(top_k=50, top_p=0.9, min_p=0.01, temperature=1.5)
+    one, many = load(ACT_ORDER, "gptq"), on_mesh(ACT_ORDER, "gptq", 1, 2, 2)
+    np.testing.assert_array_equal(many.generate(ids, **settings), one.generate(ids, **settings))
+    for options in (dict(adapter=str(GOLDEN / ACT_ORDER / "lora" / "adapter")), dict(lm_head="int8")):
+        one, many = load(ACT_ORDER, "gptq", **options), on_mesh(ACT_ORDER, "gptq", 1, 2, 2, **options)
+        assert relative_error(decode_logits(many, ids, tokens), decode_logits(one, ids, tokens)) < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True])
+def test_sliding_window(tmp_path, quantized):
+    """Of a window of 8 each of three devices sees two tokens or three."""
+    folder = edited(tmp_path / "model", use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    options = dict(dtype="float32", use_cache_quantization=quantized)
+    one = QwenForCausalLM.from_pretrained(folder, **options)
+    many = QwenForCausalLM.from_pretrained(folder, mesh=parse_mesh("1x2x3"), **options)
+    ids, tokens = golden(QWEN2)["ids"], golden(QWEN2)["float_greedy"][:, :3]
+    limit = 2.5e-3 if quantized else LIMIT
+    assert relative_error(decode_logits(many, ids, tokens), decode_logits(one, ids, tokens)) < limit
 
 
 @pytest.mark.parametrize("window", [None, 5])
