@@ -101,6 +101,7 @@ class ShardedWeights(CheckpointWeights):
             if isinstance(weight, QuantizedTensor) and weight.permutation is not None:
                 if path == "attention.output":
                     order = self.checkpoint.read_permutation(f"layers.{layer}.{path}")
+                    assert order is not None
                     inputs.append(self._gathered_places(order)[rows_NI])
                 weight = dataclasses.replace(weight, permutation=None)
             cuts = {number: take_rows(weight, cut_NI[number], group_size) for number in self.placement.numbers}

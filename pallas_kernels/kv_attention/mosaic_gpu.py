@@ -14,8 +14,8 @@ def unsupported(shape, chip: str) -> str | None:
         return f"it is written for Hopper GPUs ({', '.join(CHIPS)}), not for {chip}."
     if shape.dtype not in ("bfloat16", "float16"):
         return f"its queries are bfloat16 or float16, not {shape.dtype}."
-    if shape.share:
-        return "it has no form that hands out its softmax's denominator, which shares of a cache are merged with."
+    if shape.window:
+        return "a share's sliding window differs from slot to slot, and its windows are of one size."
     if shape.heads % shape.kv_heads or share > 8:
         return f"it takes 1 to 8 query heads a key/value head, not {shape.heads} for {shape.kv_heads}."
     if shape.head_dim % 32 or shape.head_dim > 128:
@@ -32,8 +32,9 @@ def unsupported(shape, chip: str) -> str | None:
     return None
 
 
-def append(kv, layer, key_BTGK, value_BTGK, start_B):
+def append(kv, layer, key_BTGK, value_BTGK, start_B, share: bool = False):
     """See `op.append`."""
+    del share  # positions outside of the cache are never written
     from pallas_kernels.kv_attention import mosaic_gpu_append
 
     return mosaic_gpu_append.append(kv, layer, key_BTGK, value_BTGK, start_B)

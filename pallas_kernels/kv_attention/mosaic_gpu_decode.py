@@ -19,6 +19,7 @@ from pallas_kernels.kv_attention import mosaic_gpu_tuned
 from pallas_kernels.kv_attention.mosaic_gpu_fragments import TileShape, cache_transforms
 from pallas_kernels.kv_attention.mosaic_gpu_merge import FastMerge
 from pallas_kernels.kv_attention.mosaic_gpu_schedule import Schedule
+from pallas_kernels.kv_attention.share import hide_empty, merge_slices, turned_back
 from pallas_kernels.kv_attention.tensor import KVArrays
 
 MULTIPROCESSORS = 132  # of an H100 SXM; a chip with others only divides its work less evenly
@@ -110,6 +111,7 @@ def build(
     arithmetic=None,
     interpret=None,
     whole=True,
+    sliced=False,
 ):
     """The kernel as a function of arrays.
 
@@ -122,10 +124,12 @@ def build(
         arithmetic: the seam: `FastMerge`, or a portable twin under the interpreter.
         interpret: interpreter parameters.
         whole: whether the last block merges an item; otherwise (the interpreter has no atomics) its slices stay.
+        sliced: every item stays a slice, for `share.merge_slices`; the bias then comes with four tables.
 
     Returns:
         f(query [B, G, share, K], keys, values, scales (4 or none), lengths [B], layers ([1], or two for a stacked
-        bias), counters [B·G] of zeros, bias ([G, K] or stacked, cos, sin) or none) → (out [B·H, K],
+        bias), counters [B·G] of zeros, bias ([G, K] or stacked, cos, sin) or none; of a share
+        two tables of the first tile, turned back to position 0, before the cache's) → (out [B·H, K],
         partial [W + B·G, share, K], statistics [W + B·G, share, 2]). Item i's slice of block w lies at w + i.
     """
     arithmetic = arithmetic or FastMerge(shape)
@@ -161,7 +165,7 @@ def build(
             plgpu.copy_gmem_to_smem(query.at[slot, head], asked(smem, stage), barrier)
             if biased:
                 table = slot if table_slots > 1 else 0
-                for source, name in zip(bias[1:], ("cos", "sin"), strict=True):
+                for source, name in zip(bias[-2:], ("cos", "sin"), strict=True):
                     plgpu.copy_gmem_to_smem(source.at[table, row], turn(smem, name, stage), barrier)
 
         def issue(stage, cursor):
@@ -174,7 +178,7 @@ def build(
             pl.when(stage < todo)(functools.partial(issue, stage, ahead))
             ahead = schedule.advance(lengths, ahead)
         zero = jnp.int32(0)
-        shared_table = arithmetic.table(*bias[1:], zero) if biased and table_slots == 1 else None
+        shared_table = arithmetic.table(*bias[1:3], zero) if biased and table_slots == 1 else None
 
         def segment(carry):
             done, cursor, ahead = carry
@@ -186,8 +190,8 @@ def build(
             if biased:
                 table_slot = slot if table_slots > 1 else zero
                 if table_slots > 1:
-                    table = arithmetic.table(*bias[1:], slot)
-                start_bias = (bias[0], head, *bias[1:], table_slot, smem["turned"])
+                    table = arithmetic.table(*bias[1:3], slot)
+                start_bias = (bias[0], head, *bias[1:3], table_slot, smem["turned"])
             setup, state = arithmetic.start(asked(smem, stage), start_bias)
             valid = lax.clamp(1, lengths[slot], length)
             oldest = zero if window is None else valid - window
@@ -220,7 +224,8 @@ def build(
                 return state, schedule.advance(lengths, ahead)
 
             state, ahead = lax.fori_loop(0, run, step, (state, ahead))
-            item, complete = slot * kv_heads + head, run == count
+            item = slot * kv_heads + head
+            complete = jnp.int32(0) if sliced else (run == count).astype(jnp.int32)
             arithmetic.finish(
                 state,
                 smem["scratch"],
@@ -229,9 +234,9 @@ def build(
                 statistics,
                 row=item * share,
                 slice_index=worker + item,
-                complete=complete.astype(jnp.int32),
+                complete=complete,
             )
-            if whole:
+            if whole and not sliced:
 
                 @pl.when(run < count)
                 def _():
@@ -290,6 +295,7 @@ def attend_decode(
     active_length: int | None = None,
     plan: Plan | None = None,
     counters=None,
+    share: bool = False,
 ):
     """One new token a slot over the cache; see `op.attend_decode`. A length below 1 counts as 1.
 
@@ -299,7 +305,7 @@ def attend_decode(
     del active_length
     B, H, K = query_BHK.shape
     _, _, G, S, _ = kv.keys.shape
-    biased, share = key_bias_GK is not None, H // G
+    biased, queries = key_bias_GK is not None, H // G
     if biased and not kv.quantized:
         raise ValueError("key_bias_GK: a 16-bit cache holds keys with their bias; expected None.")
     if not kv.quantized and kv.keys.dtype != query_BHK.dtype:
@@ -308,25 +314,35 @@ def attend_decode(
         )
     if biased and key_rotary[0].dtype != jnp.float32:
         raise ValueError(f"key_rotary: tables of {key_rotary[0].dtype}; expected float32.")
-    plan = plan or plan_for(B, G, S, share, K, kv.quantized, biased)
+    plan = plan or plan_for(B, G, S, queries, K, kv.quantized, biased)
     bias_dtype = str(key_bias_GK.dtype) if biased else None
-    shape = TileShape(K, share, plan.blocks, kv.quantized, str(query_BHK.dtype), float(scale), bias_dtype)
+    shape = TileShape(K, queries, plan.blocks, kv.quantized, str(query_BHK.dtype), float(scale), bias_dtype)
     kernel = build(
         shape,
         plan,
         (B, G, S),
         sliding_window,
         key_rotary[0].shape[0] if biased else 0,
+        sliced=share,
     )
+    bias = (key_bias_GK, *key_rotary) if biased else ()
+    if biased and share:
+        bias = (key_bias_GK, *turned_back(*key_rotary, shape.tokens)[:2], *key_rotary)
     layers = (layer,) if key_bias_layer is None else (layer, key_bias_layer)
-    out, _, _ = kernel(
-        query_BHK.reshape(B, G, share, K),
+    lengths_B = lengths_B.astype(jnp.int32)
+    out, partial, statistics = kernel(
+        query_BHK.reshape(B, G, queries, K),
         kv.keys,
         kv.values,
         tuple(getattr(kv, name) for name in SCALES) if kv.quantized else (),
-        lengths_B.astype(jnp.int32),
+        lengths_B,
         [jnp.asarray(index, jnp.int32).reshape(1) for index in layers],
         jnp.zeros(B * G, jnp.int32) if counters is None else counters,
-        (key_bias_GK, *key_rotary) if biased else (),
+        bias,
     )
-    return out.reshape(B, H, K)
+    if not share:
+        return out.reshape(B, H, K)
+    top, total = FastMerge.natural(statistics[..., 0]), statistics[..., 1]
+    schedule = Schedule(B, G, S, shape.tokens, plan.workers, None)
+    attended, log_total = merge_slices(schedule, lengths_B, partial, top, total)
+    return hide_empty(attended.reshape(B, H, K), log_total.reshape(B, H), lengths_B)

@@ -49,6 +49,11 @@ class FastTile:
         self.shape = shape
         self.half = "f16" if shape.quantized or shape.dtype == "float16" else "bf16"
 
+    @staticmethod
+    def natural(maximum):
+        """The natural logarithm that the weights refer to which `state` sums up under this maximum, for arrays."""
+        return (maximum - HEADROOM) * math.log(2)
+
     # -- a segment starts ---------------------------------------------------------------------------------------
 
     def table(self, cos, sin, slot):

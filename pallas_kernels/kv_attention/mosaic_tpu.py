@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu
 from pallas_kernels.kv_attention import mosaic_tpu_append, mosaic_tpu_prompt
+from pallas_kernels.kv_attention.share import hide_empty, turned_back
 from pallas_kernels.kv_attention.tensor import KVArrays
 
 MASKED = -1e30
@@ -154,8 +155,7 @@ def attend_decode(
         return attended[:, :, :queries].reshape(B, H, K)
     attended, log_total = attended
     attended_BHK, log_total_BH = attended[:, :, :queries].reshape(B, H, K), log_total[:, :, :queries, 0].reshape(B, H)
-    empty_B1 = (lengths_B <= 0)[:, None]
-    return jnp.where(empty_B1[..., None], 0.0, attended_BHK), jnp.where(empty_B1, MASKED, log_total_BH)
+    return hide_empty(attended_BHK, log_total_BH, lengths_B)
 
 
 def _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens: int, length: int, share: bool):
@@ -174,17 +174,14 @@ def _bias_operands(query_BHK, key_bias_GK, key_rotary, padded, tokens: int, leng
     coefficients = padded(jnp.concatenate([with_cos, with_sin], -1)).reshape(B, -1, K)
     cos, sin = key_rotary
     # Both tables carry YaRN's factor, which must count once; at position 0 the cosine is the factor itself.
-    first_cos, first_sin = cos[:, :1], sin[:, :1]
-    factor = jnp.sqrt(first_cos * first_cos + first_sin * first_sin) if share else first_cos
+    first_cos, first_sin, factor = (
+        turned_back(cos, sin, tokens) if share else (cos[:, :tokens], sin[:, :tokens], cos[:, :1])
+    )
     block_starts = np.arange(0, length, tokens)
     start_cos, start_sin = (table[:, block_starts] / factor for table in (cos, sin))
     halves = jnp.concatenate([start_cos, start_cos, start_sin, -start_sin], -1)
     base = halves.reshape(*halves.shape[:2], 2, K)
-    cos, sin = cos[:, :tokens], sin[:, :tokens]
-    if share:
-        first_cos, first_sin = first_cos / factor, first_sin / factor
-        cos, sin = cos * first_cos + sin * first_sin, sin * first_cos - cos * first_sin
-    rest = jnp.concatenate([cos, sin], -1)
+    rest = jnp.concatenate([first_cos, first_sin], -1)
     rest = jnp.pad(rest, ((0, 0), (0, max(tokens - length, 0)), (0, 0)))
     parts = []
     for _ in range(PARTS):

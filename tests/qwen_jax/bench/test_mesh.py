@@ -99,12 +99,12 @@ def test_other_meshes_are_refused(text, message):
         parse_mesh(text)
 
 
-@pytest.mark.parametrize("name", ["qwen-7b", "qwen2.5-7b"])
-def test_kernels_of_a_gpu_run_on_each_share(name):
-    """Lowered for two H100s: every matmul and the attention of a layer is a Mosaic kernel over a device's own share, no
-    weight or cache is gathered, and sums between devices are of activations."""
+@pytest.mark.parametrize("name, mesh", [("qwen-7b", "1x2"), ("qwen2.5-7b", "1x2"), ("qwen2.5-7b", "1x2x2")])
+def test_kernels_of_a_gpu_run_on_each_share(name, mesh):
+    """Lowered for H100s: every matmul and the attention of a layer is a Mosaic kernel over a device's own share, no
+    weight or cache is gathered, and sums between devices are of activations. A sequence gathers attention's results."""
     config = dataclasses.replace(MODELS[name], num_layers=2, sliding_layers=(False,) * 2)
-    with aot.programs(config, Storage(), parse_mesh("1x2"), H100) as (program, decoder):
+    with aot.programs(config, Storage(), parse_mesh(mesh), H100) as (program, decoder):
         cache = aot.abstract_cache(program, 8, 2048, "bfloat16", True)
         rows = cache.lengths_B
         traced = program._decode.trace(program._leaves, rows, cache=cache, active_length=2048)
@@ -113,4 +113,4 @@ def test_kernels_of_a_gpu_run_on_each_share(name):
     # One layer in a loop: four matmuls, the cache's new tokens, attention (which may take a second kernel to merge).
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) >= 6
     collectives = {op: text.count(f"stablehlo.{op}") for op in ("all_reduce", "all_gather", "all_to_all")}
-    assert collectives == {"all_reduce": 3, "all_gather": 0, "all_to_all": 0}
+    assert collectives == {"all_reduce": 3, "all_gather": mesh.count("x") - 1, "all_to_all": 0}
