@@ -45,8 +45,8 @@ def write(environment: dict, lines: list[dict]) -> None:
         "benchmark of several cards, on a small model (4 layers, hidden size 512) with Qwen2.5-7B's 28 query heads "
         "over 4 key/value heads, random weights, float32, 8-bit cache, 512 tokens of context. Sixteen greedy tokens "
         "against the same model on one device (random models repeat themselves; `tests/qwen_jax/bench/test_mesh.py` "
-        "compares sampled ones, `test_sharding.py` logits); MB that a device reads for a step. Times of simulated devices "
-        "say nothing and are left out."
+        "compares sampled ones, `test_sharding.py` logits); MB that a device reads for a step. Times of simulated "
+        "devices say nothing and are left out."
     )
     text = f"# Meshes of simulated devices, {environment['date'].partition(' ')[0]}\n\n{textwrap.fill(about, 120)}\n\n"
     text += "| mesh | bits | rows | MB a device | tokens |\n|---|---|---|---|---|\n"

@@ -35,7 +35,7 @@ from qwen_jax.bench.models import MODELS
 from qwen_jax.generation import Loop, Rules
 from qwen_jax.plan.abstract import Storage
 from qwen_jax.sampling import SamplingConfig, device_sampler
-from qwen_jax.sharding import parse_mesh
+from qwen_jax.sharding import MODEL, parse_mesh
 
 STEPS, CHUNKS, ROUNDS = 16, 3, 3
 ROWS = """
@@ -79,6 +79,7 @@ class Model:
     bits: int
     mesh: jax.sharding.Mesh | None
     form: str
+    pieces: int = 2
 
     def __post_init__(self):
         options = dict(unroll=jax.default_backend() == "gpu", one_launch=self.form != "each")
@@ -96,7 +97,8 @@ class Model:
 
     def maker(self):
         """What makes the arrays, compiled."""
-        return device_weights.maker(self.config, self.storage, self.mesh, 2).lower().compile()
+        pieces = self.pieces if self.mesh is None else self.mesh.shape[MODEL]
+        return device_weights.maker(self.config, self.storage, self.mesh, pieces).lower().compile()
 
     def rows(self, array) -> jax.Array:
         """An array of the batch where the programs want it."""
@@ -262,6 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", help="file of rows: model bits decode|prefill batch mesh form", type=Path)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--pieces", type=int, default=2, help='one card has the numbers of a mesh with so many on "model"')
     parser.add_argument("--seconds", type=float, default=1e9, help="no row begins after so many")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--limit", type=float, default=240, help="seconds after which all is ended")
@@ -277,7 +280,7 @@ def main() -> None:
     lines = [line.split() for line in (arguments.rows.read_text() if arguments.rows else ROWS).split("\n") if line]
     meshes = {"1x1": None} | {name: parse_mesh(name) for name in {line[4] for line in lines} - {"1x1"}}
     keys = list(dict.fromkeys((line[0], int(line[1]), line[4], line[5]) for line in lines))
-    models = {key: Model(key[0], key[1], meshes[key[2]], key[3]) for key in keys}
+    models = {key: Model(key[0], key[1], meshes[key[2]], key[3], arguments.pieces) for key in keys}
     works = []
     facts = {"environment": environment() | {"command": " ".join(["python", *sys.argv[:-1]])}, "rows": []}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:

@@ -111,24 +111,27 @@ def numbers(tensor, devices):
 
 
 @pytest.mark.slow
-def test_random_models_have_the_same_numbers_on_one_device_and_on_two():
-    base, mesh = config("qwen2.5-7b"), mesh_of(("data", "model"), (1, 2))
+@pytest.mark.parametrize("devices", [2, 4])
+def test_random_models_have_the_same_numbers_on_one_device_and_on_several(devices):
+    changes = {} if devices == 2 else dict(num_heads=8, num_kv_heads=4, intermediate_size=1920)  # 15 groups
+    base = config("qwen2.5-7b", **changes)
+    mesh = mesh_of(("data", "model"), (1, devices), jax.devices()[:devices])
     with compiling_for(H100):
         one, two = (
             jax.tree.unflatten(
                 jax.tree.structure(device_weights.shapes(base, STORAGE, where)),
-                device_weights.maker(base, STORAGE, where, 2)(),
+                device_weights.maker(base, STORAGE, where, devices)(),
             ).blocks[0]
             for where in (None, mesh)
         )
     for fused, shared in ((one.attention.qkv, two.attention.qkv), (one.mlp.gate_up, two.mlp.gate_up)):
-        [whole], shares = numbers(fused.parts[0].weight, 1), numbers(shared.parts[0].weight, 2)
+        [whole], shares = numbers(fused.parts[0].weight, 1), numbers(shared.parts[0].weight, devices)
         ends, cuts = np.cumsum(fused.sizes[0]), np.cumsum(shared.sizes[0])
         for part in range(len(ends)):
             mine = np.split(whole, ends[:-1], axis=2)[part]
             theirs = np.concatenate([np.split(share, cuts[:-1], axis=2)[part] for share in shares], axis=2)
             assert np.array_equal(mine, theirs[:, :, : mine.shape[2]])
     for linear, shared in ((one.attention.output, two.attention.output), (one.mlp.down, two.mlp.down)):
-        [whole], shares = numbers(linear.weight, 1), np.concatenate(numbers(shared.weight, 2), axis=1)
+        [whole], shares = numbers(linear.weight, 1), np.concatenate(numbers(shared.weight, devices), axis=1)
         rows = whole.shape[1]
         assert np.array_equal(whole, shares[:, :rows]) and not shares[:, rows:].any()
