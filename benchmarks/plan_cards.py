@@ -25,6 +25,15 @@ RESULT = pathlib.Path(__file__).parent / "results" / "plan_h100.md"
 NAMES, BITS, BATCHES, CONTEXTS = ("qwen-14b", "qwen-72b", "qwen2.5-72b"), (4, 16), (1, 8, 32, 128), (2048, 16384)
 MESHES = ((1, 2), (1, 4), (2, 2), (1, 8), (2, 4))
 ONE = {"batch": 1, "context": 2048, "kv_bits": 8}
+MEASURE = """## To measure
+
+One call on a host with four cards (eight: `1x8`, `--pieces 8`); rows are model, bits, what, batch, mesh, form:
+
+    printf 'qwen-72b 4 decode 1 1x4 one\\nqwen-72b 4 decode 1 1x1 one\\n' > rows.txt
+    python benchmarks/two_cards.py --rows rows.txt --pieces 4 --output four_cards.json
+    qwen-jax bench decode --model qwen-14b --bits 16 --mesh 2x2 --batch 8 --batch 32 --check
+
+The first makes Int4 weights on the cards; the second takes any model, bits and mesh, and makes them on the host."""
 LATENCY = {"a kernel at a time": 15e-6, "one launch": 1e-6}
 
 
@@ -81,7 +90,7 @@ def main() -> None:
     )
     filled = [textwrap.fill(note, 120, subsequent_indent="  " if note.startswith("-") else "") for note in notes]
     title = "# Four and eight H100s: predicted, not measured"
-    RESULT.write_text("\n\n".join([title, filled[0], "\n".join(filled[1:]), "\n".join(lines)]) + "\n")
+    RESULT.write_text("\n\n".join([title, filled[0], "\n".join(filled[1:]), "\n".join(lines), MEASURE]) + "\n")
 
 
 if __name__ == "__main__":

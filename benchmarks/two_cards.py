@@ -264,7 +264,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", help="file of rows: model bits decode|prefill batch mesh form", type=Path)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--pieces", type=int, default=2, help='one card has the numbers of a mesh with so many on "model"')
+    parser.add_argument(
+        "--pieces", type=int, default=2, help='one card has the numbers of a mesh with so many on "model"'
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="no row begins after so many")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--limit", type=float, default=240, help="seconds after which all is ended")
