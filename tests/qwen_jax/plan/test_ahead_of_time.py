@@ -17,6 +17,15 @@ needs_libtpu = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.miss
 BIG = {"batch": 8, "context": 2048, "kv_bits": 8}
 
 
+@pytest.fixture(autouse=True)
+def not_kept():
+    """JAX cannot read programs for absent devices back from its cache: none is written, whatever a test before set."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
 def compiled(name, topology, data, model, prompt=None):
     found = chips.parse(topology)
     mesh = aot.mesh_of(found, data, model)
