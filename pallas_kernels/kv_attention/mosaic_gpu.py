@@ -11,17 +11,17 @@ def unsupported(shape, chip: str) -> str | None:
     """None, or one sentence why this kernel cannot run an `op.AttentionShape` on a chip."""
     share = shape.heads // shape.kv_heads
     if not any(name in chip.split() for name in CHIPS):
-        return f"it is written for Hopper GPUs ({', '.join(CHIPS)}), not for {chip}."
+        return f"it is written for Hopper GPUs ({', '.join(CHIPS)}), not for {chip}"
     if shape.dtype not in ("bfloat16", "float16"):
-        return f"its queries are bfloat16 or float16, not {shape.dtype}."
+        return f"its queries are bfloat16 or float16, not {shape.dtype}"
     if shape.window:
-        return "a share's sliding window differs from slot to slot, and its windows are of one size."
+        return "a share's sliding window differs from slot to slot, and its windows are of one size"
     if shape.heads % shape.kv_heads or share > 8:
-        return f"it takes 1 to 8 query heads a key/value head, not {shape.heads} for {shape.kv_heads}."
+        return f"it takes 1 to 8 query heads a key/value head, not {shape.heads} for {shape.kv_heads}"
     if shape.head_dim % 32 or shape.head_dim > 128:
-        return f"its head sizes are 32, 64, 96 and 128, not {shape.head_dim}."
+        return f"its head sizes are 32, 64, 96 and 128, not {shape.head_dim}"
     if shape.length % 8:
-        return f"a cache's length must be a multiple of 8 (its tiles are copied in rows of 8), not {shape.length}."
+        return f"a cache's length must be a multiple of 8 (its tiles are copied in rows of 8), not {shape.length}"
     from pallas_kernels.kv_attention.mosaic_gpu_decode import MULTIPROCESSORS
     from pallas_kernels.kv_attention.mosaic_gpu_schedule import Schedule
 

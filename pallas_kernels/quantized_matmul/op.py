@@ -43,7 +43,7 @@ class Choice:
     refusals: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        reasons = "; ".join(f"not {name}: {reason.rstrip('.')}" for name, reason in self.refusals)
+        reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.refusals)
         return f"{self.name} ({self.form})" + (f" ({reasons})" if reasons else "")
 
 
