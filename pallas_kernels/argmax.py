@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.chip import is_gpu
+
 MAX_RUNS = 128  # steps of the written-out program
 
 
@@ -14,7 +16,7 @@ def argmax_and_finite(x_BV: jax.Array, chip: str) -> tuple[jax.Array, jax.Array]
     four launches, each with a gap before it.
     """
     B, V = x_BV.shape
-    if not chip.startswith("NVIDIA"):
+    if not is_gpu(chip):
         return _argmax(x_BV, chip), jnp.isfinite(x_BV).all(-1)
 
     def better(a, b):

@@ -17,6 +17,11 @@ def default_chip() -> str:
     return (device if isinstance(device, jax.Device) else jax.devices(device)[0]).device_kind
 
 
+def is_gpu(chip: str) -> bool:
+    """Of a `device_kind`: GPUs have names of many makers, Tesla T4 and NVIDIA H100 among them."""
+    return chip != "cpu" and not chip.startswith("TPU")
+
+
 @contextlib.contextmanager
 def compiling_for(chip: str) -> Iterator[None]:
     """Kernels traced inside are those of `chip`, a `device_kind` that this machine need not have.

@@ -94,8 +94,5 @@ def run(block, hidden_BTD, step, kv):
 @functools.cache
 def log_choice(layers: range, reason: str | None) -> None:
     """Says once which form decodes a block on a chip that the kernel is written for."""
-    where = f"decode of layers {layers.start}–{layers.stop - 1}"
-    if reason is None:
-        _logger.info("%s: one launch", where)
-    else:
-        _logger.info("%s: a kernel at a time, not one launch: %s", where, reason)
+    form = "one launch" if reason is None else f"a kernel at a time, not one launch: {reason}"
+    _logger.info("decode of layers %d–%d: %s", layers.start, layers.stop - 1, form)

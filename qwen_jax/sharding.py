@@ -117,9 +117,13 @@ def parse_mesh(text: str) -> Mesh:
 
 
 def mesh_name(mesh) -> str:
-    """The text that `parse_mesh` takes for a mesh (None: one device), "sequence" left out where it is 1."""
-    sizes = [1, 1, 1] if mesh is None else [mesh.shape.get(axis, 1) for axis in (DATA, MODEL, SEQUENCE)]
-    return "x".join(map(str, sizes if sizes[2] > 1 else sizes[:2]))
+    """The text that `parse_mesh` takes for a mesh (None: one device)."""
+    return mesh_text(*(1 if mesh is None else mesh.shape.get(axis, 1) for axis in (DATA, MODEL, SEQUENCE)))
+
+
+def mesh_text(data: int, model: int, sequence: int = 1) -> str:
+    """The text that `parse_mesh` takes for these sizes, "sequence" left out where it is 1."""
+    return f"{data}x{model}" + (f"x{sequence}" if sequence > 1 else "")
 
 
 # -- names of the dimensions of parameters ----------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
-MASKED = -1e30
+from pallas_kernels.kv_attention.xla import MASKED
 
 
 def turned_back(cos, sin, rows: int):

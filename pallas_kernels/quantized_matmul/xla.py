@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import block_sums
+from pallas_kernels.chip import is_gpu
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
@@ -70,25 +71,25 @@ def _block_rows(weight: MatmulShape | QuantizedTensor) -> int | None:
 
 def _takes_sums(weight: MatmulShape | QuantizedTensor, rows: int, chip: str) -> bool:
     """Whether `_column_sums` runs: on a GPU, where a word lies in one group."""
-    if chip == "cpu" or chip.startswith("TPU") or rows > SUM_ROWS or weight.bits == 3:
+    if not is_gpu(chip) or rows > SUM_ROWS or weight.bits == 3:
         return False
     fields = UNITS[weight.bits]
     return weight.in_features % fields == 0 and weight.group_size % fields == 0
+
+
+def _of_parts(weight: QuantizedTensor, array, layer, rows: int):
+    """float32 [in / rows, out]: each group's entry of `array` for every part of so many rows in it."""
+    array = _layer(array, layer).astype(jnp.float32)
+    wide = jnp.broadcast_to(array[:, None], (array.shape[0], weight.group_size // rows, array.shape[1]))
+    return wide.reshape(-1, array.shape[1])[: weight.in_features // rows]
 
 
 def _column_sums(x_MI, weight: QuantizedTensor, layer):
     """float32 [M, O]: Σ over words of scale · Σ over a word's fields of x · (q − zero)."""
     packed_WO = _layer(weight.packed, layer)
     fields, words = UNITS[weight.bits], weight.in_features // UNITS[weight.bits]
-
-    def of_words(array):
-        """float32 [words, out]: each group's entry for every word in it."""
-        array = _layer(array, layer).astype(jnp.float32)
-        wide = jnp.broadcast_to(array[:, None], (array.shape[0], weight.group_size // fields, array.shape[1]))
-        return wide.reshape(-1, array.shape[1])[:words]
-
-    zero = float(2 ** (weight.bits - 1)) if weight.zeros is None else of_words(weight.zeros)
-    mask, scale_WO = jnp.int32(2**weight.bits - 1), of_words(weight.scales)
+    zero = float(2 ** (weight.bits - 1)) if weight.zeros is None else _of_parts(weight, weight.zeros, layer, fields)
+    mask, scale_WO = jnp.int32(2**weight.bits - 1), _of_parts(weight, weight.scales, layer, fields)
     values = [
         (lax.shift_right_logical(packed_WO, jnp.int32(field * weight.bits)) & mask).astype(jnp.float32) - zero
         for field in range(fields)
@@ -105,7 +106,7 @@ def _column_sums(x_MI, weight: QuantizedTensor, layer):
 
 def _words(x_MI, weight: QuantizedTensor, layer, rows: int):
     """Σ over blocks of scale · (Σ x·q − zero · Σ x), q unsigned as stored."""
-    bits, blocks = weight.bits, weight.in_features // rows
+    bits = weight.bits
     start = np.arange(rows) * bits % 32
     # A field inside a word is masked where it lies and x divided by 2^start; one that reaches the sign bit, or crosses
     # into the next word, is shifted down.
@@ -124,17 +125,12 @@ def _words(x_MI, weight: QuantizedTensor, layer, rows: int):
                     field = (field | above) & (2**bits - 1)
             yield field.astype(jnp.float32)
 
-    repeat = weight.group_size // rows
-
-    def blockwise(array):
-        """float32 [blocks, 1, out]: each group's entry for every block in it."""
-        array = _layer(array, layer).astype(jnp.float32)
-        wide = jnp.broadcast_to(array[:, None], (array.shape[0], repeat, array.shape[1]))
-        return wide.reshape(-1, array.shape[1])[:blocks, None]
+    def of_blocks(array):
+        return _of_parts(weight, array, layer, rows)[:, None]
 
     def finish(total_bMO, x_sum_bM1):
-        zero = float(2 ** (bits - 1)) if weight.zeros is None else blockwise(weight.zeros)
-        return (total_bMO - zero * x_sum_bM1) * blockwise(weight.scales)
+        zero = float(2 ** (bits - 1)) if weight.zeros is None else of_blocks(weight.zeros)
+        return (total_bMO - zero * x_sum_bM1) * of_blocks(weight.scales)
 
     return block_sums.block_sums(x_MI, weight.packed, layer, rows, rows * bits // 32, factors, terms, finish)
 

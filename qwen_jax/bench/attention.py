@@ -14,7 +14,7 @@ import numpy as np
 
 from pallas_kernels.kv_attention import op, reference, shapes
 from pallas_kernels.kv_attention.tensor import KVArrays
-from qwen_jax.bench import processes, timing
+from qwen_jax.bench import floors, processes, timing
 from qwen_jax.bench.models import MODELS
 
 ROTATE_BYTES = 256 * 2**20  # a chain reads more than this: five times the L2 cache of an H100
@@ -85,17 +85,9 @@ def measure(
     jobs = [job for job in jobs if (case := _Case(job)).bytes * case.layers < MOST_BYTES]
     if not jobs:
         raise ValueError(f"Every case takes more than {MOST_BYTES / 2**30:.0f} GiB: give a smaller batch or context.")
-    records = processes.run("qwen_jax.bench.attention", worker, jobs, patience)
-    copies = [record["copy"] for record in records if "copy" in record]
-    records = [record for record in records if "copy" not in record]
-    if not copies:
-        raise RuntimeError(f"bench attention: no process measured anything: {records[0]['failed']}.")
-    copy = float(np.median(copies))
+    copy, records = processes.run_with_copy("qwen_jax.bench.attention", worker, jobs, patience)
     for record in records:
-        if "us" in record:
-            floor, speed = record["bytes"] / copy / 1e3, record["bytes"] / record["us"] / 1e3
-            record |= {"floor_us": round(floor, 2), "of_floor": floor / record["us"]}
-            record |= {"gigabytes_per_second": speed, "of_copy": speed / copy}
+        floors.add_to_call(record, copy, 2)
     order = {_key(job): number for number, job in enumerate(jobs)}
     return copy, sorted(records, key=lambda record: order[_key(record)])
 

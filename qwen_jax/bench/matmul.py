@@ -21,7 +21,7 @@ from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
 from pallas_kernels.quantized_matmul import mosaic_gpu, op
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
-from qwen_jax.bench import processes, timing
+from qwen_jax.bench import floors, processes, timing
 from qwen_jax.bench.models import MODELS
 from qwen_jax.bench.random_weights import dense, quantized
 from qwen_jax.plan.chips import CHIPS
@@ -92,20 +92,11 @@ def measure(
         for width in bits
         for inputs, outputs in shapes
     ]
-    records = processes.run("qwen_jax.bench.matmul", worker, jobs, patience)
-    copies = [record["copy"] for record in records if "copy" in record]
-    records = [record for record in records if "copy" not in record]
-    if not copies:
-        raise RuntimeError(f"bench matmul: no process measured anything: {records[0]['failed']}.")
-    copy = float(np.median(copies))
+    copy, records = processes.run_with_copy("qwen_jax.bench.matmul", worker, jobs, patience)
     for record in records:
         for key in ("rotate_bytes", "kernels"):
             record.pop(key, None)
-        if "us" in record:
-            floor = max(record["bytes"] / copy / 1e3, record.pop("operations_us"))
-            speed = record["bytes"] / record["us"] / 1e3
-            record |= {"floor_us": round(floor, 3), "of_floor": floor / record["us"]}
-            record |= {"gigabytes_per_second": speed, "of_copy": speed / copy}
+        floors.add_to_call(record, copy, 3, record.pop("operations_us", 0.0))
     return copy, records
 
 

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,18 @@ def run(module: str, worker: Worker, jobs: Sequence[Record], patience: float = 1
                 failed = f"its process ended with {process.returncode}"
                 records += [{**facts(job), "failed": failed} for job in share if not _found(job, records)]
     return records
+
+
+def run_with_copy(
+    module: str, worker: Worker, jobs: Sequence[Record], patience: float = 120.0
+) -> tuple[float, list[Record]]:
+    """As `run` for workers that also yield {"copy": GB/s}: (the median of their copies, the other records)."""
+    records = run(module, worker, jobs, patience)
+    copies = [record["copy"] for record in records if "copy" in record]
+    records = [record for record in records if "copy" not in record]
+    if not copies:
+        raise RuntimeError(f"bench {module.rpartition('.')[2]}: no process measured anything: {records[0]['failed']}.")
+    return statistics.median(copies), records
 
 
 def facts(job: Mapping[str, Any]) -> Record:

@@ -66,23 +66,9 @@ def decode(
     debug: Debug = False,
 ):
     """Time whole decode steps, beside the bytes that they must read and a copy's rate in the same run."""
-    options = dict(one_launch=one_launch, lm_head=lm_head)
     _model(
-        "decode",
-        model,
-        bits,
-        kv_bits,
-        batch,
-        context,
-        layers,
-        mesh,
-        check,
-        dtype,
-        kernels,
-        rounds,
-        output,
-        json,
-        options,
+        *("decode", model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json),
+        options=dict(one_launch=one_launch, lm_head=lm_head),
     )
 
 
@@ -129,23 +115,12 @@ def memory(
 ):
     """Device memory at its peak, reading a prompt and decoding up to --context: weights, cache and temporaries."""
     from ..bench import memory, processes
-    from ..bench.models import MODELS
 
-    check_values("model", model, list(MODELS))
-    check_values("bits", bits, [4, 8, 16])
-    check_values("kv-bits", kv_bits, [8, 16])
+    _check_model(model, bits, kv_bits, lm_head)
     processes.leave_memory()
-    options: dict[str, Any] = dict(layers=layers, dtype=resolve(dtype), kernels=kernels, one_launch=one_launch)
-    options |= dict(lm_head=lm_head)
-    check_values("lm-head", [lm_head], [None, "int8"])
-    cases = [
-        (name, dict(bits=weight_bits, kv_bits=cache_bits, batch=rows, context=length))
-        for name in model
-        for weight_bits in bits
-        for cache_bits in kv_bits
-        for rows in batch
-        for length in context
-    ]
+    options: dict[str, Any] = dict(layers=layers, dtype=resolve(dtype), kernels=kernels)
+    options |= dict(one_launch=one_launch, lm_head=lm_head)
+    cases = [(name, case) for name in model for each in bits for case in _cases(each, kv_bits, batch, context)]
     results = []
     with progress_bars() as update:
         for number, (name, case) in enumerate(cases):
@@ -161,8 +136,27 @@ run.command(epilog=examples(EXAMPLES, "tune"))(bench_kernels.tune)
 run.command(epilog=examples(EXAMPLES, "report"))(bench_kernels.report)
 
 
+def _check_model(models, bits, kv_bits, lm_head) -> None:
+    from ..bench.models import MODELS
+
+    check_values("model", models, list(MODELS))
+    check_values("bits", bits, [4, 8, 16])
+    check_values("kv-bits", kv_bits, [8, 16])
+    check_values("lm-head", [lm_head], [None, "int8"])
+
+
+def _cases(bits: int, kv_bits, batch, context) -> list[dict[str, int]]:
+    """Of weights of so many bits: every cache, number of rows and length."""
+    return [
+        {"bits": bits, "kv_bits": cache_bits, "batch": rows, "context": length}
+        for cache_bits in kv_bits
+        for rows in batch
+        for length in context
+    ]
+
+
 def _model(
-    what, model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json, options=None
+    what, model, bits, kv_bits, batch, context, layers, mesh, check, dtype, kernels, rounds, output, json, *, options
 ) -> None:
     """`decode` and `prefill`: a model for each number of bits, then every case."""
     import dataclasses
@@ -170,14 +164,10 @@ def _model(
     from jax.errors import JaxRuntimeError
 
     from ..bench import decode, floors, one_device, prefill, timing
-    from ..bench.models import MODELS
     from ..sharding import parse_mesh
 
     module = {"decode": decode, "prefill": prefill}[what]
-    check_values("model", [model], list(MODELS))
-    check_values("bits", bits, [4, 8, 16])
-    check_values("kv-bits", kv_bits, [8, 16])
-    check_values("lm-head", [(options or {}).get("lm_head")], [None, "int8"])
+    _check_model([model], bits, kv_bits, options["lm_head"])
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".93")  # of a GPU; read when JAX first asks for it
     dtype = resolve(dtype)
     if check and mesh is None:
@@ -187,14 +177,9 @@ def _model(
     for weight_bits in bits:
         with status(f"Making random weights of {model}"):
             decoder = decode.build(
-                model, bits=weight_bits, dtype=dtype, kernels=kernels, layers=layers, mesh=devices, **(options or {})
+                model, bits=weight_bits, dtype=dtype, kernels=kernels, layers=layers, mesh=devices, **options
             )
-        cases = [
-            {"bits": weight_bits, "kv_bits": cache_bits, "batch": rows, "context": length}
-            for cache_bits in kv_bits
-            for rows in batch
-            for length in context
-        ]
+        cases = _cases(weight_bits, kv_bits, batch, context)
         tokens: dict[tuple[int, int], Any] = {}
         with progress_bars() as update:
             for number, case in enumerate(cases):
@@ -233,6 +218,6 @@ def _model(
         copy = timing.copy_bandwidth(None if dtype == "bfloat16" else 128) / 1e9
     for result in results:
         floors.add(what, result, copy)
-        if (options or {}).get("lm_head") is not None:
-            result["lm_head"] = (options or {})["lm_head"]
+        if options["lm_head"] is not None:
+            result["lm_head"] = options["lm_head"]
     finish(what, results, copy, output, json)

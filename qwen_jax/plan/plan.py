@@ -18,7 +18,7 @@ from qwen_jax.kv_cache import bytes_per_token
 from qwen_jax.model import Decoder
 from qwen_jax.plan.abstract import AbstractWeights, Storage, bytes_of_a_device
 from qwen_jax.plan.chips import RESERVED, Topology
-from qwen_jax.sharding import DATA, MODEL, SEQUENCE
+from qwen_jax.sharding import DATA, MODEL, SEQUENCE, mesh_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
     @property
     def mesh(self) -> str:
         """As `--mesh` takes it."""
-        return f"{self.data}x{self.model}" + (f"x{self.sequence}" if self.sequence > 1 else "")
+        return mesh_text(self.data, self.model, self.sequence)
 
 
 def plans(

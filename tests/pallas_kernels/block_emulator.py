@@ -11,41 +11,8 @@ import threading
 import ml_dtypes
 import numpy as np
 
-from tests.pallas_kernels.thread_values import (  # noqa: F401  most for the kernels, whose `w` this module is
-    FLOATS,
-    add,
-    as_float,
-    as_word,
-    both,
-    divide,
-    either,
-    equal,
-    exp2,
-    float_equal,
-    float_less,
-    fma,
-    iadd,
-    imax,
-    imin,
-    imul,
-    ixor,
-    less,
-    log2,
-    maximum,
-    minimum,
-    mul,
-    pack,
-    pairs,
-    permute,
-    reciprocal,
-    round_to_float16,
-    select,
-    sub,
-    subtract_f16x2,
-    to_byte,
-    unpack,
-    word,
-)
+from tests.pallas_kernels.thread_values import *  # noqa: F403  the kernels' `w` is this module
+from tests.pallas_kernels.thread_values import FLOATS, pairs, word
 
 LANES = 32
 _LANE = np.arange(LANES)
