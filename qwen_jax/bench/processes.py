@@ -78,7 +78,7 @@ def run(module: str, worker: Worker, jobs: Sequence[Record], patience: float = 1
     leave_memory()
     if len(jobs) == 1 or jax.default_backend() == "cpu":
         return list(worker(jobs, Turn()))
-    count = min(len(jobs), max(1, (os.cpu_count() or 1) // 2))
+    count = min(len(jobs), os.cpu_count() or 1)
     shares = [list(jobs[number::count]) for number in range(count)]
     records = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

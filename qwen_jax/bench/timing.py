@@ -1,5 +1,6 @@
 """Time of work on a device, the host's share cancelled; and the rate of a copy, the ceiling of memory-bound work."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -8,17 +9,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+LEAST_SECONDS = 0.01  # of the difference that is measured: the host's own jitter is a few tenths of a millisecond
+TRIES = 4
 
-def seconds(run: Callable[[], Any], few: int = 3, many: int = 12, repeats: int = 7) -> float:
-    """Seconds of one `run()`: the median time of `many` calls less that of `few`, over the difference.
+
+def seconds(run: Callable[[], Any], few: int = 1, many: int = 4, repeats: int = 7) -> float:
+    """Seconds of one `run()`: the median difference of the times of `many` and of `few` calls, over their number.
 
     Calls are dispatched without waiting, so that gaps between launches and the wait at the end cancel.
 
     Args:
         run: starts the work and returns its arrays.
         few: calls of the short batch.
-        many: calls of the long batch.
+        many: calls of the long batch at first; more until the difference is `LEAST_SECONDS` and stands out of its
+            own spread.
         repeats: batches of each length.
+
+    Raises:
+        RuntimeError: the host was too busy for a time.
     """
     for _ in range(2):
         jax.block_until_ready(run())
@@ -30,8 +38,19 @@ def seconds(run: Callable[[], Any], few: int = 3, many: int = 12, repeats: int =
         jax.block_until_ready(result)
         return time.perf_counter() - begin
 
-    short, long = ([timed(count) for _ in range(repeats)] for count in (few, many))
-    return max(statistics.median(long) - statistics.median(short), 1e-9) / (many - few)
+    once = max(timed(many) / many, 1e-7)
+    many = max(many, few + math.ceil(LEAST_SECONDS / once))
+    for _ in range(TRIES):
+        differences = sorted(timed(many) - timed(few) for _ in range(repeats))
+        middle, spread = statistics.median(differences), differences[-1 - repeats // 4] - differences[repeats // 4]
+        if spread < middle / 10:
+            break
+        many = few + 2 * (many - few)
+    if middle <= 0:
+        raise RuntimeError(
+            f"timing: {many} calls took no longer than {few}: the host is too busy. Measure when nothing else runs."
+        )
+    return middle / (many - few)
 
 
 def copy_bandwidth(megabytes: int | None = None) -> float:
@@ -55,4 +74,4 @@ def copy_bandwidth(megabytes: int | None = None) -> float:
         array = copy(array)
         return array
 
-    return 2 * source.nbytes / seconds(once, 1, 5, 5)
+    return 2 * source.nbytes / seconds(once, repeats=5)

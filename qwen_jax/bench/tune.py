@@ -20,7 +20,8 @@ from qwen_jax.bench import attention, matmul
 from qwen_jax.bench.environment import environment
 
 LARGEST_ERROR = 4e-3  # ‖e‖ / ‖reference‖ in bfloat16; a tiling beyond it is wrong, however fast
-MOST_CANDIDATES = 12
+MOST_CANDIDATES = 10
+PATIENCE = 300  # seconds for compiling all candidates
 GAIN = 0.98  # of the time of what is used now: less is noise, and the table stays as it is
 
 
@@ -34,10 +35,10 @@ def matmul_candidates(bits: int, in_features: int, out_features: int, rows: int,
         counts = sorted({1, 2, 3, 4, 6, computed.strips})
         for count, warpgroups in itertools.product(counts, (1, 2, 4)):
             ring = [slots for slots in (4, 3, 2, 1) if _fits([count, warpgroups, slots], shape)]
-            found += [[count, warpgroups, slots] for slots in ring[:2]]  # deep rings: shallow ones wait for memory
-        # One wave of blocks, or several on a multiprocessor: nearest to filling the chip first.
-        found.sort(key=lambda values: (abs(math.log(values[0] * mosaic_gpu.MULTIPROCESSORS / strips)), -values[2]))
-        return found[: 2 * MOST_CANDIDATES]
+            found += [(rank, [count, warpgroups, slots]) for rank, slots in enumerate(ring[:2])]
+        # The deepest rings first: shallow ones wait for memory. Then those nearest to one wave of blocks.
+        found.sort(key=lambda one: (one[0], abs(math.log(one[1][0] * mosaic_gpu.MULTIPROCESSORS / strips))))
+        return [values for _, values in found[:MOST_CANDIDATES]]
     tiles = (64, 128, 192, 256) if rows > 128 else sorted({-(-rows // 8) * 8, 64} if rows <= 64 else {64, 128})
     ranked = sorted(
         itertools.product((1, 2, 3), tiles, (1, 2)),
@@ -79,7 +80,7 @@ def tune_matmul(
         for inputs, outputs in cases
         for count in rows
     }
-    copy, records = matmul.measure(cases, rows=rows, bits=bits, tilings=tilings)
+    copy, records = matmul.measure(cases, rows=rows, bits=bits, tilings=tilings, patience=PATIENCE)
     # A copy of each level: what is cached stays as it was read.
     entries = {name: dict(found) for name, found in mosaic_gpu.tuned(chip).items()}
     for (width, inputs, outputs, count), _ in tilings.items():

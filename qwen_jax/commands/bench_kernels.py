@@ -97,7 +97,7 @@ def tune(
     operation: Annotated[str, typer.Option(help="matmul or attention.")] = "matmul",
     model: Annotated[list[str] | None, typer.Option(help="Shapes of this model, as qwen-7b; several times.")] = None,
     shape: MatmulShape = None,
-    rows: Rows = [1, 8, 16, 64, 256, 2048],  # noqa: B006
+    rows: Rows = [1, 2, 4, 8, 16, 32, 64, 256, 2048],  # noqa: B006
     bits: Annotated[list[int], typer.Option(help="Of the weights: 4 or 8; several times.")] = [4],  # noqa: B006
     kv_bits: KvBits = [8, 16],  # noqa: B006
     batch: Batch = [1, 8, 32],  # noqa: B006

@@ -32,7 +32,7 @@ def test_candidates_fit(sizes):
 def test_the_fastest_right_tiling_is_kept(hopper, tmp_path, monkeypatch):
     times = {"[1, 2, 2]": (5.0, 2e-3), "[1, 1, 3]": (1.0, 0.5), "[2, 2, 2]": (8.0, 2e-3)}
 
-    def measure(cases, *, rows, bits, tilings):
+    def measure(cases, *, rows, bits, tilings, patience):
         [(inputs, outputs)], [width], [count] = cases, bits, rows
         named = {"in": inputs, "out": outputs, "bits": width, "rows": count}
         tried = [
