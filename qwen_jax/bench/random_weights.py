@@ -75,10 +75,9 @@ class RandomWeights:
 
     def embedding(self) -> Linear:
         """See `model.Weights`."""
-        # Both tables first: what making them takes beside them is then no part of the peak.
-        table = self._table()
+        # Both tables first, and the head before the embedding: what making them takes is then below the peak.
         self._head = None if self.config.tie_word_embeddings else self._table(self.lm_head)
-        return table
+        return self._table()
 
     def head(self) -> Linear | None:
         """See `model.Weights`; made with the embedding."""
