@@ -48,8 +48,8 @@ def seconds(run: Callable[[], Any], few: int = 1, many: int = 4, repeats: int = 
         many = few + 2 * (many - few)
     if spread > middle:
         raise RuntimeError(
-            f"timing: {many} calls less {few} take {middle * 1e3:.1f} ms, and vary by {spread * 1e3:.1f}: the host is too "
-            "busy. Measure when nothing else runs."
+            f"timing: {many} calls less {few} take {middle * 1e3:.1f} ms, give or take {spread * 1e3:.1f}: the host is "
+            "too busy. Measure when nothing else runs."
         )
     return middle / (many - few)
 
