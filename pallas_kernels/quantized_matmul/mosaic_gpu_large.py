@@ -7,7 +7,8 @@ computed transposed, [columns, rows of x], so that few rows cost little. One mor
 - Computes: a consumer turns packed words into operand A in registers and multiplies by x's tile (operand B).
 - Scales: `scale_sums` multiplies each group's sums in float32 (exact, for few rows of x); otherwise weights are scaled
   in x's type before the product.
-- Barriers: `full` (copies landed), `empty` (all consumers have read a slot), `done` (before shared memory is reused).
+- Barriers: `full` (copies landed), `empty` (all consumers have read a slot), `done` (before shared memory is reused),
+  `turn` (a consumer's turn to multiply: without turns all make operands at the same time, and tensor cores rest).
 - Splits: with `splits` > 1 several blocks share the rows of the matrix. Two form a cluster, each adding a part of the
   result from both blocks' shared memory. More (clusters of 3, 4 and 8 were measured to leave multiprocessors idle: a
   GPC has 16 or 18) store float32 parts, which XLA adds. Either way in one fixed order.
@@ -86,6 +87,8 @@ def _compiled(problem: Problem, names: tuple[str, ...], portable: bool):
         "empty": plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.slots),
         "done": plgpu.Barrier(num_arrivals=tiling.warpgroups),
     }
+    if tiling.turns:
+        scratch["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=tiling.warpgroups)
     if not problem.symmetric:
         rows = zero_rows(problem.groups, columns)
         scratch["zeros_smem"] = plgpu.SMEM((*ring, rows, columns), jnp.uint8)
@@ -195,7 +198,9 @@ def _body(problem: Problem, inputs, out_gmem, scratch, portable: bool):
 
         consume = portable_form.consume if portable else _consume
         finish = portable_form.finish_transposed if portable else fast_form.finish
-        sums = consume(problem, scratch, warpgroup, count, wait, release)
+        sums = consume(problem, scratch, warpgroup, count, wait, release, _turn(tiling, scratch, warpgroup))
+        if tiling.turns:  # the last consumer's last turn ends with the first one's
+            pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
         first = block * problem.block_strips * layout.STRIP
         plgpu.barrier_arrive(scratch["done"])
         plgpu.barrier_wait(scratch["done"])
@@ -205,21 +210,40 @@ def _body(problem: Problem, inputs, out_gmem, scratch, portable: bool):
         finish(problem, sums, scratch, inputs, out, warpgroup, strip * layout.STRIP, first, row)
 
 
-def _consume(problem: Problem, scratch, warpgroup, count, wait, release):
+def _turn(tiling: Tiling, scratch, warpgroup):
+    """(what waits for this consumer's turn at a chunk, what gives the turn to the next)."""
+    if not tiling.turns:
+        return (lambda number: None), (lambda: None)
+
+    def take(number):
+        """`number`: of the chunk; the first consumer begins."""
+        pl.when((number > 0) | (warpgroup > 0))(lambda: plgpu.barrier_wait(scratch["turn"].at[warpgroup]))
+
+    def give():
+        plgpu.barrier_arrive(scratch["turn"].at[lax.rem(warpgroup + 1, tiling.warpgroups)])
+
+    return take, give
+
+
+def _consume(problem: Problem, scratch, warpgroup, count, wait, release, turn):
     """[64, rows] float32: this warpgroup's columns of the block's stages."""
-    tiling = problem.tiling
+    tiling, (take, give) = problem.tiling, turn
     shape, depth = (FEATURES, tiling.rows), layout.CHUNK // problem.pieces
 
-    def multiply(accumulator, slot, part, piece):
-        """Starts the products of one piece of a chunk."""
+    def operand(slot, part, piece):
+        """A piece of a chunk as wgmma's operand A."""
         strips, columns = pl.ds(warpgroup * STRIPS, STRIPS), pl.ds(warpgroup * FEATURES, FEATURES)
         refs = {"packed": scratch["packed_smem"].at[slot, part, strips]}
         if not tiling.scale_sums:
             refs["scales"] = scratch["scales_smem"].at[slot, part, :, columns]
         if not problem.symmetric:
             refs["zeros"] = scratch["zeros_smem"].at[slot, part, pl.ds(0, problem.groups), columns]
+        return fast_form.cast(problem, refs, piece)
+
+    def multiply(accumulator, slot, part, piece, values):
+        """Starts the products of a piece."""
         x = scratch["x_smem"].at[slot, :, pl.ds(part * layout.CHUNK + piece * depth, depth)]
-        plgpu.wgmma(accumulator, fast_form.cast(problem, refs, piece), x.T)
+        plgpu.wgmma(accumulator, values, x.T)
 
     if tiling.scale_sums:
 
@@ -228,9 +252,16 @@ def _consume(problem: Problem, scratch, warpgroup, count, wait, release):
 
             def products(*accumulators):
                 for part in range(tiling.chunks):
-                    for piece in range(problem.pieces):
+                    pieces = (operand(slot, part, piece) for piece in range(problem.pieces))
+                    if tiling.turns:
+                        pieces = list(pieces)
+                        take(index * tiling.chunks + part)
+                    for piece, values in enumerate(pieces):
                         group = part * problem.groups + piece * problem.groups // problem.pieces
-                        multiply(accumulators[group], slot, part, piece)
+                        multiply(accumulators[group], slot, part, piece, values)
+                    if tiling.turns:
+                        plgpu.wgmma_wait(0)
+                        give()
                 plgpu.wgmma_wait(0)
                 return tuple(accumulator[...] for accumulator in accumulators)
 
@@ -253,8 +284,15 @@ def _consume(problem: Problem, scratch, warpgroup, count, wait, release):
         def _(index):
             slot = wait(index)
             for part in range(tiling.chunks):
-                for piece in range(problem.pieces):
-                    multiply(accumulator, slot, part, piece)
+                pieces = (operand(slot, part, piece) for piece in range(problem.pieces))
+                if tiling.turns:
+                    pieces = list(pieces)
+                    take(index * tiling.chunks + part)
+                for piece, values in enumerate(pieces):
+                    multiply(accumulator, slot, part, piece, values)
+                if tiling.turns:
+                    plgpu.wgmma_wait(problem.pieces - 1)  # the next consumer's products queue behind the last piece's
+                    give()
             plgpu.wgmma_wait(0)
             release(slot)
 

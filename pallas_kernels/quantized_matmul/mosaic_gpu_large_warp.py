@@ -34,7 +34,9 @@ class Tiling:
         chunks: 128-row chunks of the matrix a stage.
         slots: stages in shared memory.
         scale_sums: scale each group's sums instead of the weights.
-        pieces: 1, or 2 to make the second half of a chunk's operand while the first is multiplied (not measured yet).
+        pieces: 1, or 2 to multiply a chunk in two halves.
+        turns: consumers multiply in turn, each making its next operand while the others multiply; with two pieces the
+            next begins when the first half is done, without products scaled afterwards (not measured yet).
     """
 
     warpgroups: int
@@ -44,6 +46,7 @@ class Tiling:
     slots: int
     scale_sums: bool
     pieces: int = 1
+    turns: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +113,11 @@ def fitted(tiling: Tiling, strips: int, chunks: int, group_size: int) -> Tiling:
     splits = tiling.splits
     while (splits - 1) * -(-(chunks // stage) // splits) >= chunks // stage:
         splits -= 1  # no split may be empty
+    warpgroups = max(1, min(tiling.warpgroups, strips // STRIPS))
     return dataclasses.replace(
         tiling,
-        warpgroups=max(1, min(tiling.warpgroups, strips // STRIPS)),
+        warpgroups=warpgroups,
+        turns=tiling.turns and warpgroups > 1,
         chunks=stage,
         splits=splits,
         scale_sums=tiling.scale_sums and group_size >= 64,  # a 64-column tile of x is the least that wgmma takes here

@@ -66,15 +66,16 @@ def finish(problem: small.Problem, sums, scratch, inputs, out_gmem, warpgroup, s
                 out_gmem[:, columns] = value.astype(out_gmem.dtype)
 
 
-def consume(problem: large.Problem, scratch, warpgroup, count, wait, release):
+def consume(problem: large.Problem, scratch, warpgroup, count, wait, release, turn):
     """`mosaic_gpu_large._consume` in plain operations."""
-    tiling, depth = problem.tiling, layout.CHUNK // problem.groups
+    tiling, depth, (take, give) = problem.tiling, layout.CHUNK // problem.groups, turn
 
     def step(index, total):
         slot = wait(index)
         for part in range(tiling.chunks):
             packed = scratch["packed_smem"][slot, part, pl.ds(warpgroup * large.STRIPS, large.STRIPS)]
             q = layout.integers(packed[None], problem.bits).astype(jnp.float32)
+            take(index * tiling.chunks + part)
             for group in range(problem.groups):
                 columns = pl.ds(warpgroup * large.FEATURES, large.FEATURES)
                 minus = float(2 ** (problem.bits - 1))
@@ -85,6 +86,7 @@ def consume(problem: large.Problem, scratch, warpgroup, count, wait, release):
                 product = jnp.dot(values.T, x.astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
                 scales = scratch["scales_smem"][slot, part, group, columns].astype(jnp.float32)
                 total = total + product * scales[:, None]
+            give()
         release(slot)
         return total
 

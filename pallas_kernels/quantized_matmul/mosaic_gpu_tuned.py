@@ -12,8 +12,8 @@ import re
 from typing import Any
 
 KEY = re.compile(r"([48]) bits, (\d+) x (\d+)")
-# Fields of the tilings of `mosaic_gpu_small` and `mosaic_gpu_large`; the last of the latter may be left out.
-SMALL, LARGE = (int, int, int), (int, int, int, int, int, bool, int)
+# Fields of the tilings of `mosaic_gpu_small` and `mosaic_gpu_large`; the last two of the latter may be left out.
+SMALL, LARGE = (int, int, int), (int, int, int, int, int, bool, int, bool)
 
 
 def key(bits: int, in_features: int, out_features: int) -> str:
@@ -50,7 +50,7 @@ def read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
                 raise _damaged(
                     path,
                     f"{name}, {count!r} rows: {entry!r}, expected a tiling of {len(SMALL)} numbers for few rows or "
-                    f"{len(LARGE) - 1} to {len(LARGE)} for many",
+                    f"{len(LARGE) - 2} to {len(LARGE)} for many",
                 )
     return entries
 
@@ -69,7 +69,7 @@ def _tiling(values) -> bool:
     if not isinstance(values, list):
         return False
     kinds = SMALL if len(values) == len(SMALL) else LARGE[: len(values)]
-    right = len(values) in (len(SMALL), len(LARGE) - 1, len(LARGE))
+    right = len(values) in (len(SMALL), *range(len(LARGE) - 2, len(LARGE) + 1))
     right = right and all(type(v) is kind and v >= (kind is int) for v, kind in zip(values, kinds, strict=True))
     return right and (kinds is SMALL or (values[1] % 8 == 0 and values[1] <= 256))
 

@@ -31,7 +31,7 @@ SHAPES = ((4096, 11008), (4096, 12288), (11008, 4096), (2048, 5504), (8192, 2457
 ROWS = (1, 2, 4, 8, 16, 64, 256, 2048)
 ROTATE_BYTES = 280e6
 MOST_WEIGHTS = 128  # of small matrices a program that calls each of them would take minutes to compile
-ROUND_CALLS = 240
+ROUND_CALLS = 60
 CHECKED_ROWS = 16
 
 type Tilings = Mapping[tuple[int, int, int, int], Sequence[Sequence]]  # (bits, in, out, rows) → tilings
@@ -175,13 +175,16 @@ def _chain(facts: dict, multiply: Callable, count: int):
     """
     one = jax.jit(multiply)  # one traced function for all calls of the chain
     own = "tiling" in facts  # kernels of ours may see a weight again; of XLA's equal dots one would be left
-    # As many rounds as take some milliseconds: starting a program of so many arguments takes the host some tenths.
-    rounds = max(1, round(ROUND_CALLS * 512 / max(512, facts["rows"]) / count)) if own else 1
+    # As many rounds as take some milliseconds: starting a program of so many arguments takes the host some tenths. A
+    # round is long, for the loop takes its own microseconds between two.
+    share = min(1, 512 / facts["rows"]) if own else 0
+    repeats = max(1, round(ROUND_CALLS * share / count))
+    rounds = max(1, round(4 * ROUND_CALLS * share / (count * repeats)))
 
     def chain(x_MI, weights):
         def round_(last):
             results = [last]
-            for weight in weights:
+            for weight in list(weights) * repeats:
                 results.append(one(x_MI, weight, results[-1]))
             return results[1:]
 
@@ -190,7 +193,7 @@ def _chain(facts: dict, multiply: Callable, count: int):
         first = one(x_MI, weights[0], None)
         return [first, jax.lax.fori_loop(0, rounds, lambda _, last: round_(last)[-1], first)]
 
-    return jax.jit(chain), count * rounds + own
+    return jax.jit(chain), count * repeats * rounds + own
 
 
 def _forms(job: Mapping, rows: int, tilings: Sequence, chip: str) -> Iterator[tuple[Callable, dict[str, Any]]]:

@@ -115,6 +115,8 @@ INTERPRETED = {
     "wgmma: 8 bits, two chunks a stage, weights scaled": (
         8, 256, 64, {"bits": 8, "group_size": -1, "zeros": True}, large.Tiling(1, 8, 1, 2, 2, False)),
     "wgmma: stack, four parts": (12, 512, 64, {"layers": 2}, large.Tiling(1, 8, 4, 1, 2, True)),
+    "wgmma: three consumers in turn, two chunks a stage": (
+        9, 768, 192, {"zeros": True}, large.Tiling(3, 8, 1, 2, 2, False, 1, True)),
 }  # fmt: skip
 
 
@@ -194,7 +196,16 @@ def test_lowers_for_cuda(rows, in_features, out_features, bits, group_size, laye
     assert "dynamic_slice" not in text
 
 
-@pytest.mark.parametrize("tiling", [(2, 64, 4, 1, 6, True), (3, 64, 2, 1, 6, True), (2, 256, 1, 1, 3, False, 2)])
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        (2, 64, 4, 1, 6, True),
+        (3, 64, 2, 1, 6, True),
+        (2, 256, 1, 1, 3, False, 2),
+        (2, 256, 1, 1, 3, False, 2, True),
+        (3, 64, 2, 1, 6, True, 1, True),
+    ],
+)
 def test_every_form_of_large_lowers_for_cuda(tiling):
     x, weight = abstract(256, 4096, 1028, 4, 128, 0, True, jnp.dtype("bfloat16"))
     tiling = large.Tiling(*tiling)
@@ -231,19 +242,20 @@ def test_every_model_has_a_tiling_that_fits(bits):
                     assert str(tiling) in mosaic_gpu.form(shape, chip)
 
 
-def test_tuned_entries_fit_and_are_used():
-    entries = mosaic_gpu.tuned(CHIP)
+@pytest.mark.parametrize("chip", [CHIP, "NVIDIA H200"])
+def test_tuned_entries_fit_and_are_used(chip):
+    entries = mosaic_gpu.tuned(chip)
     assert entries
     for key, by_rows in entries.items():
         bits, _, in_features, _, out_features = (word.strip(",") for word in key.split())
         for rows in by_rows:
             shape = MatmulShape(int(rows), int(in_features), int(out_features), int(bits), layout=mosaic_gpu.LAYOUT)
-            tiling, origin = mosaic_gpu.choose_tiling(shape, CHIP)
+            tiling, origin = mosaic_gpu.choose_tiling(shape, chip)
             assert (
                 origin == "tuned"
                 and list(vars(tiling).values())[: len(by_rows[rows]["tiling"])] == (by_rows[rows]["tiling"])
             )
-    assert mosaic_gpu.choose_tiling(MatmulShape(1, 4096, 11008), "NVIDIA H200")[1] == "computed"
+    assert mosaic_gpu.choose_tiling(MatmulShape(1, 4096, 11008), "NVIDIA GH200 480GB")[1] == "computed"
 
 
 def test_float32_rows_are_exact():
@@ -290,10 +302,12 @@ def test_on_card(rows, dtype, in_features, out_features, options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_forms_of_large_on_card(splits, pieces):
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("scale_sums", [False, True])
+def test_forms_of_large_on_card(splits, pieces, turns, scale_sums):
     weight, matrix = make(2048, 1028)
     x = inputs(64, 2048)
-    tiling = large.Tiling(2, 64, splits, 1, 6, True, pieces)
+    tiling = large.Tiling(2, 64, splits, 1, 6, scale_sums, pieces, turns)
     run = jax.jit(lambda x, weight: mosaic_gpu.run(x, weight, None, None, CHIP, tiling=tiling))
     assert error(run(x, own_layout.prepack(weight)), np.asarray(x, np.float64) @ matrix) < LIMIT
 

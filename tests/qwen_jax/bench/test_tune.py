@@ -26,7 +26,7 @@ def test_candidates_fit(sizes):
     for values in found:
         assert mosaic_gpu.fits(mosaic_gpu.tiling_of(values), rows, inputs, outputs, bits, 128)
     shipped = mosaic_gpu.tuned(H100).get(mosaic_gpu_tuned.key(bits, inputs, outputs), {}).get(str(rows))
-    assert shipped is None or shipped["tiling"] in found
+    assert shipped is None or shipped["tiling"] in [values[: len(shipped["tiling"])] for values in found]
 
 
 def test_the_fastest_right_tiling_is_kept(hopper, tmp_path, monkeypatch):
