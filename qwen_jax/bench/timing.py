@@ -40,10 +40,12 @@ def seconds(run: Callable[[], Any], few: int = 1, many: int = 4, repeats: int = 
 
     once = max(timed(many) / many, 1e-7)
     many = max(many, few + math.ceil(LEAST_SECONDS / once))
-    for _ in range(TRIES):
+    tries = 0
+    while True:
         differences = sorted(timed(many) - timed(few) for _ in range(repeats))
         middle, spread = statistics.median(differences), differences[-1 - repeats // 4] - differences[repeats // 4]
-        if spread < middle / 10:
+        tries += 1
+        if spread < middle / 10 or tries == TRIES:
             break
         many = few + 2 * (many - few)
     if spread > middle:
