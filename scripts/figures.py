@@ -5,6 +5,7 @@ Each SVG names the digest of the file it was drawn from, which a test compares.
 
 import hashlib
 import io
+import json
 import pathlib
 import re
 
@@ -13,9 +14,11 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+from qwen_jax.plots import bench
+
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
-OURS, PEER, FLOOR = "#5e35b1", "#9e9e9e", "#e0e0e0"
+OURS, PEER = "#5e35b1", "#9e9e9e"
 
 
 def rows(file: pathlib.Path) -> list[list[str]]:
@@ -30,29 +33,9 @@ def number(cell: str) -> float | None:
     return float(found[0]) if found else None
 
 
-def matmul(file: pathlib.Path) -> plt.Figure:
-    """Bars for each shape and number of rows up to 64 that was measured: floor, ours, fastest peer."""
-    shape, found = "", []
-    for cells in rows(file):
-        if len(cells) != 7 or cells[0].startswith(("in ×", "-")):
-            continue
-        shape = cells[0] or shape
-        floor, ours, peer = (number(cell) for cell in (cells[2], cells[3], cells[5]))
-        if ours is not None and peer is not None and floor is not None and int(cells[1]) <= 64:
-            found.append((f"{shape}, {cells[1]} row{'s' * (cells[1] != '1')}", floor, ours, peer))
-    figure, axes = plt.subplots(figsize=(8, 0.42 * len(found) + 1))
-    for position, (_, floor, ours, peer) in enumerate(found):
-        axes.barh(position - 0.19, ours, 0.36, color=OURS, label="qwen-jax" if not position else None)
-        axes.barh(position + 0.19, peer, 0.36, color=PEER, label="fastest of five others" if not position else None)
-        axes.plot([floor, floor], [position - 0.42, position + 0.42], color="black", linewidth=1.5)
-        axes.text(ours + 0.4, position - 0.19, f"{ours:.1f}", va="center", fontsize=7)
-        axes.text(peer + 0.4, position + 0.19, f"{peer:.1f}", va="center", fontsize=7)
-    axes.plot([], [], color="black", linewidth=1.5, label="bytes over copy rate")
-    axes.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("µs a call, Int4, groups of 128, one H100 (fewer is better)")
-    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.18))
-    return figure
+def peers(file: pathlib.Path) -> plt.Figure:
+    """As `qwen-jax bench report` draws it: µs by rows for each shape."""
+    return bench.peers(json.loads(file.read_text(encoding="utf-8"))["sets"])
 
 
 def cpu(file: pathlib.Path) -> plt.Figure:
@@ -116,7 +99,7 @@ def two_cards(file: pathlib.Path) -> plt.Figure:
 
 
 SOURCES = {
-    "h100_matmul": (matmul, "h100_quantized_matmul.md"),
+    "h200_peers": (peers, "h200_bench.json"),
     "cpu_decode": (cpu, "cpu_llama_cpp.md"),
     "quantization": (quantization, "quantization_smollm2.md"),
     "two_cards": (two_cards, "two_cards.md"),

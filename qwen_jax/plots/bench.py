@@ -120,7 +120,7 @@ def peers(sets) -> Figure | None:
             counts(axis, [count for count, _ in points], "rows")
             axis.tick_params(axis="x", labelsize=7)
         axes[0].legend(fontsize=8)
-        note(drawing, f"Int4, groups of 128; peers in the same call. {_source(sets, 'matmul')}")
+        note(drawing, f"Int4, groups of 128; peers on the same card. {_source(sets, 'matmul')}")
     return drawing
 
 
@@ -163,14 +163,19 @@ def decode(sets) -> Figure | None:
                 if record[fixed] == value:
                     kind = f"{record['peer']}, {record.get('mode')}" if "peer" in record else record.get("form", "")
                     name = f"{record['model']}, Int{record['bits']}, {record['kv_bits']}-bit cache, {kind}"
+                    name += ", int8 head" if record.get("lm_head") == "int8" else ""
                     lines.setdefault(name.replace("Int16", "16-bit"), []).append(
                         (record[x], record["tokens_per_second"])
                     )
-            for number, (name, points) in enumerate(lines.items()):
-                style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+            models = list(dict.fromkeys(name.split(",")[0] for name in lines))
+            forms = list(dict.fromkeys(name.split(",", 1)[1] for name in lines))
+            for name, points in lines.items():  # a color a model, a marker a form
+                model, form = name.split(",", 1)
+                style = {"color": COLORS[models.index(model) % len(COLORS)]}
+                style["marker"] = MARKERS[forms.index(form) % len(MARKERS)]
                 axis.plot(*zip(*sorted(points), strict=True), label=name, **style)
             axis.set(yscale="log", title=f"Decode, {fixed} {value:,}", ylabel="tokens/s of all rows")
             counts(axis, [r[x] for r in [*records, *others] if r[fixed] == value], label)
-            axis.legend(fontsize=7)
+        np.atleast_1d(axes)[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
         note(drawing, _source(sets, "decode"))
     return drawing
