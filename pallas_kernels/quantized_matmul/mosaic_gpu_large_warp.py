@@ -35,8 +35,8 @@ class Tiling:
         slots: stages in shared memory.
         scale_sums: scale each group's sums instead of the weights.
         pieces: 1, or 2 to multiply a chunk in two halves.
-        turns: consumers multiply in turn, each making its next operand while the others multiply; with two pieces the
-            next begins when the first half is done, without products scaled afterwards (not measured yet).
+        turns: consumers multiply in turn, each making its next operand while the others multiply. With two pieces the
+            next one begins when the first half is done, unless sums are scaled. Not measured yet.
     """
 
     warpgroups: int

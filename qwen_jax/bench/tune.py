@@ -51,7 +51,7 @@ def matmul_candidates(bits: int, in_features: int, out_features: int, rows: int,
             slots = next((n for n in range(8, 1, -1) if _fits([warpgroups, tile, splits, 1, n, sums], shape)), None)
             if slots is not None:
                 values = [warpgroups, tile, splits, 1, slots, sums]
-                found += [[*values, 1, False], *([[*values, 2, True]] if warpgroups > 1 and not sums else [])]
+                found += [[*values, 1, False], *([[*values, 1 if sums else 2, True]] if warpgroups > 1 else [])]
     return found[:MOST_CANDIDATES]
 
 
