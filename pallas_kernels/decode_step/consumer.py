@@ -178,31 +178,46 @@ class Consumer:
     def multiply(self, matrix: Matrix, number, put, finish, summed_in=None):
         """One projection: `put()` fills x, `finish(row, column)` gives what stores a result from its sums.
 
+        Or `put()` gives a pointer to where x lies in the order of operand B (`matmul.place_of`). Each warp then reads
+        a tile's part one tile ahead, so that the L2 cache answers while it computes.
         Sums are one number, or gate and up. `summed_in`: the layer, where the cards' sums are to be added.
         """
         plan, count = self.plan, tiles_of(matrix, self.block)
 
         def work():
-            put()
+            source = put()
             first = w.imul(first_strip(matrix, self.block), STRIP)
             stores = [finish(row, w.iadd(first, column)) for row, column, _ in self.results(matrix)]
             exchange = None
             if summed_in is not None and plan.cards > 1 and "cards" not in plan.skip:
                 exchange = Exchange(plan, self.pointers, matrix, self.block, summed_in)
 
-            def step(index, sums):
+            mine = w.imax(w.iadd(count, w.imul(self.warp, -1)), 0)
+
+            def fetch(index):
+                depth = w.idiv(w.iadd(index, self.warp), matrix.parts)
+                return matmul.direct_words(plan, matrix, source, self.lane, depth, w.less(index, mine))
+
+            def step(index, carried):
+                sums, words = carried[: 4 * matrix.width], carried[4 * matrix.width :]
                 at = w.iadd(index, self.warp)
                 data, extra, full, empty, parity = self.ring.slot(self.warp, w.iadd(number, w.idiv(index, plan.warps)))
+                following = [] if source is None else fetch(w.iadd(index, plan.warps))
                 d.barrier_wait(full, parity)
-                sums = matmul.tile(
-                    plan, matrix, self.shared["x"], data, extra, self.lane, w.idiv(at, matrix.parts), sums
-                )
+
+                def operand_of(row, chunk):
+                    if source is None:
+                        return matmul.x_operand(plan, self.shared["x"], self.lane, chunk)
+                    return [words[word : word + 2] for word in range(16 * row, 16 * (row + 1), 2)]
+
+                depth = w.idiv(at, matrix.parts)
+                sums = matmul.tile(plan, matrix, operand_of, data, extra, self.lane, depth, sums)
                 w.warp_barrier()
                 w.when(w.equal(self.lane, 0), lambda: d.barrier_arrive(empty))
-                return sums
+                return [*sums, *following]
 
-            mine = w.imax(w.iadd(count, w.imul(self.warp, -1)), 0)
-            sums = w.loop(mine, plan.warps, [w.f32(0.0)] * (4 * matrix.width), step)
+            begin = [w.f32(0.0)] * (4 * matrix.width) + ([] if source is None else fetch(w.i32(0)))
+            sums = w.loop(mine, plan.warps, begin, step)[: 4 * matrix.width]
             matmul.store_sums(plan, matrix, self.shared["sums"], self.warp, self.lane, sums)
             self.meet()
             finished = list(zip(stores, self.results(matrix), strict=True))

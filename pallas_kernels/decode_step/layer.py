@@ -1,6 +1,6 @@
 """The phases of a layer, one after another, and the loop over the layers."""
 
-from pallas_kernels.decode_step import attention, newest
+from pallas_kernels.decode_step import attention, matmul, newest
 from pallas_kernels.decode_step import instructions as d
 from pallas_kernels.decode_step.consumer import Consumer
 from pallas_kernels.decode_step.loader import item_of, share_of
@@ -185,7 +185,11 @@ def _gate_up(me: Consumer, layer, number, meetings):
             gate, up = _round(sums[0]), _round(sums[1])
             sigmoid = w.reciprocal(w.add(w.f32(1.0), w.exp2(w.mul(gate, w.f32(-1.4426950408889634)))))
             activated = w.mul(_round(w.mul(gate, sigmoid)), up)
-            _store_bf16(me.pointers["act"], row, me.plan.inner, column, activated)
+            if me.plan.direct:
+                place = w.element(me.pointers["act"], matmul.place_of(me.plan, row, column), 2)
+                w.store_float_as(place, 0, activated, "bfloat16")
+            else:
+                _store_bf16(me.pointers["act"], row, me.plan.inner, column, activated)
 
         return store
 
@@ -201,7 +205,10 @@ def _down(me: Consumer, layer, number, meetings):
         residual = _load_bf16(me.pointers["mid"], row, width, column)
         return lambda sums: _store_bf16(me.pointers["hidden"], row, width, column, w.add(residual, _round(sums[0])))
 
-    put = lambda: me.put_plain(me.pointers["act"], me.plan.inner)  # noqa: E731
+    def put():
+        act = me.pointers["act"]
+        return act if me.plan.direct else me.put_plain(act, me.plan.inner)
+
     return me.multiply(me.plan.matrix("down"), number, put, finish, layer)
 
 

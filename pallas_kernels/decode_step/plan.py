@@ -139,6 +139,8 @@ class Plan:
         skip: names of phases whose work is left out, to time the others (results are then meaningless); "cards" for
             the sums over cards.
         cards: that hold shares of the layers; heads, F and matrices are those of one card.
+        direct: x of down is not staged in shared memory: warps read it from global memory, where gate and up's phase
+            has left it in the order of operand B (`matmul.place_of`).
     """
 
     layers: int
@@ -168,6 +170,7 @@ class Plan:
     splits: int
     skip: tuple[str, ...] = ()
     cards: int = 1
+    direct: bool = False
 
     @property
     def share(self) -> int:
@@ -193,9 +196,14 @@ class Plan:
         return self.quantized and self.key_bias_dtype is not None
 
     @property
+    def staged_width(self) -> int:
+        """The widest x in shared memory."""
+        return max(m.in_features for m in self.matrices if not (self.direct and m.name == "down"))
+
+    @property
     def x_stride(self) -> int:
         """Bytes between rows of x in shared memory."""
-        return max(matrix.in_features for matrix in self.matrices) * 2 + 16
+        return self.staged_width * 2 + 16
 
     @property
     def extra_stride(self) -> int:
