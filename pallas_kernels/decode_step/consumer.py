@@ -75,27 +75,11 @@ class Consumer:
                 for first, _ in self._pieces(plan.hidden)
             ]
             rows.append(words)
-        for row, pieces in enumerate(rows):
-            total = w.f32(0.0)
-            for words, (_, exists) in zip(pieces, self._pieces(plan.hidden), strict=True):
-                mine = w.f32(0.0)
-                for word in words:
-                    for value in w.unpack(word, "bf16"):
-                        mine = w.fma(value, value, mine)
-                total = w.add(total, mine if exists is None else w.select(exists, mine, w.f32(0.0)))
-            for distance in (16, 8, 4, 2, 1):
-                total = w.add(total, w.shuffle_xor(total, distance))
-            where = w.imul(w.iadd(w.imul(self.warp, plan.batch), row), 4)
-            w.when(
-                w.equal(self.lane, 0),
-                lambda where=where, total=total: w.store_floats(self.shared["small"], where, [total]),
-            )
-        self.meet()
-        for row, pieces in enumerate(rows):
-            total = w.f32(0.0)
-            for warp in range(plan.warps):
-                total = w.add(total, w.load_floats(self.shared["small"], (warp * plan.batch + row) * 4)[0])
-            inverse = d.reciprocal_sqrt(w.fma(total, w.f32(1 / plan.hidden), w.f32(plan.epsilon)))
+        if plan.direct:
+            inverses = self._inverses_together([self._squares(pieces) for pieces in rows])
+        else:
+            inverses = self._inverses(rows)
+        for row, (pieces, inverse) in enumerate(zip(rows, inverses, strict=True)):
             for words, scale, (first, exists) in zip(pieces, scales, self._pieces(plan.hidden), strict=True):
                 new = []
                 for index, word in enumerate(words):
@@ -110,6 +94,65 @@ class Consumer:
                 where = w.iadd(w.imul(first, 2), row * plan.x_stride)
                 w.when(exists, lambda where=where, new=new: w.store_words(x, where, new))
         self.meet()
+
+    def _squares(self, pieces):
+        """A thread's part of the sum of a row's squares."""
+        total = w.f32(0.0)
+        for words, (_, exists) in zip(pieces, self._pieces(self.plan.hidden), strict=True):
+            mine = w.f32(0.0)
+            for word in words:
+                for value in w.unpack(word, "bf16"):
+                    mine = w.fma(value, value, mine)
+            total = w.add(total, mine if exists is None else w.select(exists, mine, w.f32(0.0)))
+        return total
+
+    def _inverses(self, rows):
+        """1 / RMS of each row, one after another."""
+        plan, small = self.plan, self.shared["small"]
+        for row, pieces in enumerate(rows):
+            total = self._squares(pieces)
+            for distance in (16, 8, 4, 2, 1):
+                total = w.add(total, w.shuffle_xor(total, distance))
+            where = w.imul(w.iadd(w.imul(self.warp, plan.batch), row), 4)
+            w.when(w.equal(self.lane, 0), lambda where=where, total=total: w.store_floats(small, where, [total]))
+        self.meet()
+        for row in range(plan.batch):
+            total = w.f32(0.0)
+            for warp in range(plan.warps):
+                total = w.add(total, w.load_floats(small, (warp * plan.batch + row) * 4)[0])
+            yield self._inverse(total)
+
+    def _inverses_together(self, sums):
+        """The same from threads' sums, for many rows: a lane ends with row lane // 4, so that few shuffles do."""
+        plan, lane, small = self.plan, self.lane, self.shared["small"]
+        sums = sums + [w.f32(0.0)] * (8 - plan.batch)
+        for distance in (16, 8, 4):
+            high = w.equal(w.irem(w.idiv(lane, distance), 2), 1)
+            low_half, high_half = sums[: len(sums) // 2], sums[len(sums) // 2 :]
+            kept = [w.select(high, b, a) for a, b in zip(low_half, high_half, strict=True)]
+            given = [w.select(high, a, b) for a, b in zip(low_half, high_half, strict=True)]
+            sums = [w.add(a, w.shuffle_xor(b, distance)) for a, b in zip(kept, given, strict=True)]
+        total = self._of_four(sums[0])
+        w.when(w.equal(w.irem(lane, 4), 0), lambda: w.store_floats(small, self._small(self.warp), [total]))
+        self.meet()
+        total = w.f32(0.0)
+        for warp in range(0, plan.warps, 4):
+            total = w.add(total, w.load_floats(small, self._small(w.iadd(w.irem(lane, 4), warp)))[0])
+        inverse = w.as_word(self._inverse(self._of_four(total)))
+        return [w.as_float(w.broadcast(inverse, 4 * row)) for row in range(plan.batch)]
+
+    def _small(self, warp):
+        """Place of a warp's sum of row lane // 4."""
+        return w.imul(w.iadd(w.imul(warp, 8), w.idiv(self.lane, 4)), 4)
+
+    def _of_four(self, value):
+        """Sum over four neighbouring lanes."""
+        for distance in (2, 1):
+            value = w.add(value, w.shuffle_xor(value, distance))
+        return value
+
+    def _inverse(self, total):
+        return d.reciprocal_sqrt(w.fma(total, w.f32(1 / self.plan.hidden), w.f32(self.plan.epsilon)))
 
     def put_plain(self, source, width: int):
         """x = `source` [B, width]."""

@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.decode_step import (
     attention,
+    cache,
     consumer,
     kernel,
     layer,
@@ -29,7 +30,7 @@ K = 128
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-MODULES = (attention, consumer, kernel, layer, loader, matmul, newest, mosaic_gpu_append, mosaic_gpu_fragments)
+MODULES = (attention, cache, consumer, kernel, layer, loader, matmul, newest, mosaic_gpu_append, mosaic_gpu_fragments)
 
 
 @pytest.fixture
@@ -201,10 +202,20 @@ def check(case, plan, seed=0, limit=1.5e-2):
         (dict(batch=2, lengths=(17, 33), quantized=False, qk_norm=True), 2, dict(splits=3)),
         (dict(group_size=32, zeros=True, heads=8, kv_heads=1, lengths=(50,), window=20), 7, dict(splits=2, slots=8)),
         (dict(bits=8, group_size=64, bias=False, lengths=(64,)), 5, dict(splits=4)),
-        # Down reads x directly: several tiles a warp, the last with half of its chunks.
+        # The direct form. Several tiles of down a warp, the last with half of its chunks.
         (dict(batch=5, lengths=(1, 39, 64, 17, 2), inner=2432, layers=1), 10, dict(splits=1, direct=True)),
-        (dict(batch=8, lengths=range(20, 28), zeros=True, group_size=64), 3, dict(splits=1, direct=True, seed=1)),
+        # Six parts of the cache a block, and a table of turns for each row.
+        (
+            dict(batch=8, lengths=range(20, 28), zeros=True, group_size=64, window=20, table_rows=8),
+            3,
+            dict(splits=1, direct=True, seed=1),
+        ),
         (dict(batch=2, lengths=(3, 9), bits=8, zeros=True, inner=1408), 11, dict(splits=1, direct=True, seed=2)),
+        (
+            dict(batch=3, heads=8, kv_heads=2, lengths=(1, 64, 30), quantized=False, qk_norm=True, logn=True),
+            4,
+            dict(splits=3, direct=True, seed=3),
+        ),
     ],
 )
 def test_equals_float64(on_the_emulator, case, blocks, options):
