@@ -22,6 +22,7 @@ MULTIPROCESSORS = {
 }
 WARPS = 8
 MOST_ROWS = 8
+DIRECT_WIDTH = 4096  # D of `Plan.direct`; at 5120 norming 8 rows spills registers: no faster than a kernel at a time
 
 
 @jax.tree_util.register_dataclass
@@ -217,7 +218,7 @@ def plan_for(shape: DecodeShape, blocks: int, *, warps: int = WARPS, slots: int 
         matrices=tuple(matrices), blocks=blocks, warps=warps, slots=0, **(defaults | facts),
     )  # fmt: skip
     room = _room(plan)
-    if room < 2 * warps and "direct" not in facts:
+    if room < 2 * warps and "direct" not in facts and shape.hidden <= DIRECT_WIDTH:
         plan = dataclasses.replace(plan, direct=True)
         room = _room(plan)
     room = room if slots is None else min(slots, room)

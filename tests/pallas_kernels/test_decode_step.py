@@ -231,17 +231,44 @@ def test_a_late_copy_is_waited_for(on_the_emulator):
     assert np.linalg.norm(hidden - want) < 1e-2 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("quantized, bias", [(True, True), (True, False), (False, True)])
-def test_lowers_for_cuda_in_place(quantized, bias):
+@pytest.mark.parametrize(
+    "quantized, bias, direct", [(True, True, False), (True, False, False), (False, True, False), (True, True, True)]
+)
+def test_lowers_for_cuda_in_place(quantized, bias, direct):
     case = Case(quantized=quantized, bias=bias)
 
     def step(x, weights, kv, start, tables):
-        return op.run(x, weights, kv, start, tables, chip=H100, epsilon=1e-6, first_layer=1)
+        options = dict(direct=direct)
+        return op.run(x, weights, kv, start, tables, chip=H100, epsilon=1e-6, first_layer=1, plan_options=options)
 
     arguments = jax.tree.map(jnp.asarray, (case.x, case.weights(), case.kv, case.start(), case.tables()))
     traced = jax.jit(step, donate_argnums=2).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("tf.aliasing_output") == (6 if quantized else 2)
+
+
+@pytest.mark.parametrize(
+    "hidden, inner, staged, most",
+    [
+        (2048, 5504, 8, 8),  # Qwen-1.8B
+        (4096, 11008, 6, 8),  # 7B
+        (5120, 13696, 5, 5),  # 14B
+        (8192, 24576, 3, 3),  # 72B
+    ],
+)
+def test_rows_that_shared_memory_does_not_hold_are_read_directly(hidden, inner, staged, most):
+    shape = op.shape_of((case := Case()).x, case.weights(), case.kv)
+    heads = hidden // K
+    shape = dataclasses.replace(shape, hidden=hidden, inner=inner, heads=heads, kv_heads=heads, layers=1, length=2048)
+    for rows in range(1, 9):
+        some = dataclasses.replace(shape, batch=rows)
+        if rows > most:
+            assert op.unsupported(some, H100) == f"{rows} rows of {inner} leave too little shared memory"
+            continue
+        plan = op.plan_for(some, 132)
+        _, size = plan.regions()
+        assert plan.direct == (rows > staged)
+        assert plan.slots >= 2 * plan.warps and size <= 226 * 1024
 
 
 @pytest.mark.parametrize(
@@ -253,7 +280,7 @@ def test_lowers_for_cuda_in_place(quantized, bias):
         (dict(dtype="float16"), "bfloat16"),
         (dict(matrices=(("qkv", 4, 128, "bfloat16", True, True, "mosaic_gpu"),)), "act-order"),
         (dict(matrices=(("down", 3, 128, "bfloat16", True, False, "mosaic_gpu"),)), "4 or 8 bits"),
-        (dict(batch=8, hidden=16384), "8 rows of 16384 leave too little shared memory"),
+        (dict(batch=8, inner=24576, hidden=5120), "8 rows of 24576 leave too little shared memory"),
     ],
 )
 def test_unsupported_says_why(change, reason):
