@@ -181,15 +181,27 @@ def channel(plan: Plan, position: int, g):
     return w.iadd(w.imul(g, elements), position // elements * 8 * elements + position % elements)
 
 
+def sums_of_rows(total, shift):
+    """Sums over the lanes that hold different rows of a tile."""
+    for distance in (4, 8, 16):
+        total = [w.add(x, w.shuffle_xor(x, distance)) for x in total]
+        shift = [w.add(x, w.shuffle_xor(x, distance)) for x in shift]
+    return total, shift
+
+
+def store_part(plan: Plan, partial, statistics, row, at, value, top, weight):
+    """Channel `at` of a part's query."""
+    w.store_floats(w.element(partial, w.iadd(w.imul(row, plan.head_dim), at), 4), 0, [value])
+    w.when(w.equal(at, 0), lambda: w.store_floats(w.element(statistics, row, 8), 0, [top, weight]))
+
+
 def merge(plan: Plan, state, shared, partial, statistics, index, warp, lane):
     """All warps' states become part `index` of `partial` [parts, share, K] and `statistics` [parts, share, 2]."""
     K, share, warps, together = plan.head_dim, plan.share, plan.warps, plan.merge_queries
     outputs = K // 4
     acc, maximum, total, shift = state[:outputs], state[outputs : outputs + 2], state[-4:-2], state[-2:]
     g, t = w.idiv(lane, 4), w.irem(lane, 4)
-    for distance in (4, 8, 16):
-        total = [w.add(x, w.shuffle_xor(x, distance)) for x in total]
-        shift = [w.add(x, w.shuffle_xor(x, distance)) for x in shift]
+    total, shift = sums_of_rows(total, shift)
     region = shared["sums"]
     facts = w.offset(region, warps * together * K * 4)  # [warp][maximum, sum][8 queries]
     where = w.iadd(w.imul(warp, 64), w.imul(t, 8))
@@ -232,8 +244,7 @@ def merge(plan: Plan, state, shared, partial, statistics, index, warp, lane):
             row = w.iadd(w.imul(index, share), query, first)
 
             def store(row=row, at=at, value=value, top=top, weight=weight):
-                w.store_floats(w.element(partial, w.iadd(w.imul(row, K), at), 4), 0, [value])
-                w.when(w.equal(at, 0), lambda: w.store_floats(w.element(statistics, row, 8), 0, [top, weight]))
+                store_part(plan, partial, statistics, row, at, value, top, weight)
 
             w.when(exists, store)
         d.meet(1, 32 * warps)

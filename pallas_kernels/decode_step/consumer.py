@@ -75,27 +75,11 @@ class Consumer:
                 for first, _ in self._pieces(plan.hidden)
             ]
             rows.append(words)
-        for row, pieces in enumerate(rows):
-            total = w.f32(0.0)
-            for words, (_, exists) in zip(pieces, self._pieces(plan.hidden), strict=True):
-                mine = w.f32(0.0)
-                for word in words:
-                    for value in w.unpack(word, "bf16"):
-                        mine = w.fma(value, value, mine)
-                total = w.add(total, mine if exists is None else w.select(exists, mine, w.f32(0.0)))
-            for distance in (16, 8, 4, 2, 1):
-                total = w.add(total, w.shuffle_xor(total, distance))
-            where = w.imul(w.iadd(w.imul(self.warp, plan.batch), row), 4)
-            w.when(
-                w.equal(self.lane, 0),
-                lambda where=where, total=total: w.store_floats(self.shared["small"], where, [total]),
-            )
-        self.meet()
-        for row, pieces in enumerate(rows):
-            total = w.f32(0.0)
-            for warp in range(plan.warps):
-                total = w.add(total, w.load_floats(self.shared["small"], (warp * plan.batch + row) * 4)[0])
-            inverse = d.reciprocal_sqrt(w.fma(total, w.f32(1 / plan.hidden), w.f32(plan.epsilon)))
+        if plan.direct:
+            inverses = self._inverses_together([self._squares(pieces) for pieces in rows])
+        else:
+            inverses = self._inverses(rows)
+        for row, (pieces, inverse) in enumerate(zip(rows, inverses, strict=True)):
             for words, scale, (first, exists) in zip(pieces, scales, self._pieces(plan.hidden), strict=True):
                 new = []
                 for index, word in enumerate(words):
@@ -110,6 +94,65 @@ class Consumer:
                 where = w.iadd(w.imul(first, 2), row * plan.x_stride)
                 w.when(exists, lambda where=where, new=new: w.store_words(x, where, new))
         self.meet()
+
+    def _squares(self, pieces):
+        """A thread's part of the sum of a row's squares."""
+        total = w.f32(0.0)
+        for words, (_, exists) in zip(pieces, self._pieces(self.plan.hidden), strict=True):
+            mine = w.f32(0.0)
+            for word in words:
+                for value in w.unpack(word, "bf16"):
+                    mine = w.fma(value, value, mine)
+            total = w.add(total, mine if exists is None else w.select(exists, mine, w.f32(0.0)))
+        return total
+
+    def _inverses(self, rows):
+        """1 / RMS of each row, one after another."""
+        plan, small = self.plan, self.shared["small"]
+        for row, pieces in enumerate(rows):
+            total = self._squares(pieces)
+            for distance in (16, 8, 4, 2, 1):
+                total = w.add(total, w.shuffle_xor(total, distance))
+            where = w.imul(w.iadd(w.imul(self.warp, plan.batch), row), 4)
+            w.when(w.equal(self.lane, 0), lambda where=where, total=total: w.store_floats(small, where, [total]))
+        self.meet()
+        for row in range(plan.batch):
+            total = w.f32(0.0)
+            for warp in range(plan.warps):
+                total = w.add(total, w.load_floats(small, (warp * plan.batch + row) * 4)[0])
+            yield self._inverse(total)
+
+    def _inverses_together(self, sums):
+        """The same from threads' sums, for many rows: a lane ends with row lane // 4, so that few shuffles do."""
+        plan, lane, small = self.plan, self.lane, self.shared["small"]
+        sums = sums + [w.f32(0.0)] * (8 - plan.batch)
+        for distance in (16, 8, 4):
+            high = w.equal(w.irem(w.idiv(lane, distance), 2), 1)
+            low_half, high_half = sums[: len(sums) // 2], sums[len(sums) // 2 :]
+            kept = [w.select(high, b, a) for a, b in zip(low_half, high_half, strict=True)]
+            given = [w.select(high, a, b) for a, b in zip(low_half, high_half, strict=True)]
+            sums = [w.add(a, w.shuffle_xor(b, distance)) for a, b in zip(kept, given, strict=True)]
+        total = self._of_four(sums[0])
+        w.when(w.equal(w.irem(lane, 4), 0), lambda: w.store_floats(small, self._small(self.warp), [total]))
+        self.meet()
+        total = w.f32(0.0)
+        for warp in range(0, plan.warps, 4):
+            total = w.add(total, w.load_floats(small, self._small(w.iadd(w.irem(lane, 4), warp)))[0])
+        inverse = w.as_word(self._inverse(self._of_four(total)))
+        return [w.as_float(w.broadcast(inverse, 4 * row)) for row in range(plan.batch)]
+
+    def _small(self, warp):
+        """Place of a warp's sum of row lane // 4."""
+        return w.imul(w.iadd(w.imul(warp, 8), w.idiv(self.lane, 4)), 4)
+
+    def _of_four(self, value):
+        """Sum over four neighbouring lanes."""
+        for distance in (2, 1):
+            value = w.add(value, w.shuffle_xor(value, distance))
+        return value
+
+    def _inverse(self, total):
+        return d.reciprocal_sqrt(w.fma(total, w.f32(1 / self.plan.hidden), w.f32(self.plan.epsilon)))
 
     def put_plain(self, source, width: int):
         """x = `source` [B, width]."""
@@ -178,31 +221,46 @@ class Consumer:
     def multiply(self, matrix: Matrix, number, put, finish, summed_in=None):
         """One projection: `put()` fills x, `finish(row, column)` gives what stores a result from its sums.
 
+        Or `put()` gives a pointer to where x lies in the order of operand B (`matmul.place_of`). Each warp then reads
+        a tile's part one tile ahead, so that the L2 cache answers while it computes.
         Sums are one number, or gate and up. `summed_in`: the layer, where the cards' sums are to be added.
         """
         plan, count = self.plan, tiles_of(matrix, self.block)
 
         def work():
-            put()
+            source = put()
             first = w.imul(first_strip(matrix, self.block), STRIP)
             stores = [finish(row, w.iadd(first, column)) for row, column, _ in self.results(matrix)]
             exchange = None
             if summed_in is not None and plan.cards > 1 and "cards" not in plan.skip:
                 exchange = Exchange(plan, self.pointers, matrix, self.block, summed_in)
 
-            def step(index, sums):
+            mine = w.imax(w.iadd(count, w.imul(self.warp, -1)), 0)
+
+            def fetch(index):
+                depth = w.idiv(w.iadd(index, self.warp), matrix.parts)
+                return matmul.direct_words(plan, matrix, source, self.lane, depth, w.less(index, mine))
+
+            def step(index, carried):
+                sums, words = carried[: 4 * matrix.width], carried[4 * matrix.width :]
                 at = w.iadd(index, self.warp)
                 data, extra, full, empty, parity = self.ring.slot(self.warp, w.iadd(number, w.idiv(index, plan.warps)))
+                following = [] if source is None else fetch(w.iadd(index, plan.warps))
                 d.barrier_wait(full, parity)
-                sums = matmul.tile(
-                    plan, matrix, self.shared["x"], data, extra, self.lane, w.idiv(at, matrix.parts), sums
-                )
+
+                def operand_of(row, chunk):
+                    if source is None:
+                        return matmul.x_operand(plan, self.shared["x"], self.lane, chunk)
+                    return [words[word : word + 2] for word in range(16 * row, 16 * (row + 1), 2)]
+
+                depth = w.idiv(at, matrix.parts)
+                sums = matmul.tile(plan, matrix, operand_of, data, extra, self.lane, depth, sums)
                 w.warp_barrier()
                 w.when(w.equal(self.lane, 0), lambda: d.barrier_arrive(empty))
-                return sums
+                return [*sums, *following]
 
-            mine = w.imax(w.iadd(count, w.imul(self.warp, -1)), 0)
-            sums = w.loop(mine, plan.warps, [w.f32(0.0)] * (4 * matrix.width), step)
+            begin = [w.f32(0.0)] * (4 * matrix.width) + ([] if source is None else fetch(w.i32(0)))
+            sums = w.loop(mine, plan.warps, begin, step)[: 4 * matrix.width]
             matmul.store_sums(plan, matrix, self.shared["sums"], self.warp, self.lane, sums)
             self.meet()
             finished = list(zip(stores, self.results(matrix), strict=True))

@@ -60,6 +60,13 @@ def load_fresh(pointer, byte_offset, count: int):
     return [words] if count == 1 else list(words)
 
 
+def load_fresh_if(condition, pointer, byte_offset):
+    """Four words as by `load_fresh`, or zeros where the condition does not hold."""
+    text = "{mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+    text += "@$5 ld.relaxed.gpu.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
+    return list(w.asm(text, [w.i32_type()] * 4, w.offset(pointer, byte_offset), condition, effects=True))
+
+
 def pick(condition, a, b):
     """Pointer a where the condition holds, else b."""
     return arith.select(condition, a, b)

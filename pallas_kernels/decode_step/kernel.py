@@ -44,13 +44,15 @@ def result_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     B, parts = plan.batch, plan.items * plan.splits
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    attended = {"partial": f32((parts, plan.share, plan.head_dim)), "statistics": f32((parts, plan.share, 2))}
+    if "output" in plan.unstaged:
+        attended = {"attended": bf16((B, plan.heads * plan.head_dim))}
     return {
         "hidden": bf16((B, plan.hidden)),
         "mid": bf16((B, plan.hidden)),
         "qkv": bf16((B, plan.matrix("qkv").out_features)),
         "act": bf16((B, plan.inner)),
-        "partial": f32((parts, plan.share, plan.head_dim)),
-        "statistics": f32((parts, plan.share, 2)),
+        **attended,
     }
 
 

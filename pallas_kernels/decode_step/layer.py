@@ -1,10 +1,9 @@
 """The phases of a layer, one after another, and the loop over the layers."""
 
-from pallas_kernels.decode_step import attention, newest
+from pallas_kernels.decode_step import attention, cache, matmul
 from pallas_kernels.decode_step import instructions as d
 from pallas_kernels.decode_step.consumer import Consumer
-from pallas_kernels.decode_step.loader import item_of, share_of
-from pallas_kernels.decode_step.plan import TOKENS, Plan
+from pallas_kernels.decode_step.plan import Plan
 from pallas_kernels.kv_attention import warp as w
 
 
@@ -80,91 +79,6 @@ def _qkv(me: Consumer, layer, number, meetings):
     return me.multiply(matrix, number, lambda: me.put_normed(_source(me, layer), scales), finish)
 
 
-def _cache(me: Consumer, layer, number, meetings):
-    plan, pointers, shared, lane, warp = me.plan, me.pointers, me.shared, me.lane, me.warp
-    tables = (pointers["cos"], pointers["sin"]) if plan.biased else ()
-    for round_ in range(plan.item_rounds):
-        index, exists, row, head, low, high, valid, every = item_of(plan, pointers["start"], me.block, round_)
-        count = w.select(exists, w.iadd(high, w.imul(low, -1)), w.i32(0))
-        table_row = row if plan.table_rows > 1 else w.i32(0)
-
-        def turn_of(place, table_row=table_row):
-            return attention.table_row(plan, *tables, table_row, w.imul(place, TOKENS), lane) if tables else []
-
-        # What does not depend on the phase before is read before the meeting.
-        biases = []
-        if plan.biased:
-            size = 4 if plan.key_bias_dtype == "float32" else 2
-            bias = w.element(pointers["key_bias"], w.imul(layer, plan.kv_heads * plan.head_dim), size)
-            biases = attention.load_bias(plan, bias, head, lane)
-        first_turn = turn_of(w.iadd(low, warp))
-        if round_ == 0:
-            me.reach(meetings)
-
-        def work(
-            index=index, row=row, head=head, low=low, high=high, valid=valid, every=every, number=number,
-            biases=biases, first_turn=first_turn, turn_of=turn_of,
-        ):  # fmt: skip
-            # Each part of a list has a warp of its own: queries, and in the last split the newest key and value.
-            newest_here, position = w.equal(high, every), w.iadd(valid, -1)
-            for which in range(plan.share):
-                w.when(
-                    w.equal(warp, which % plan.warps),
-                    lambda which=which: newest.store_query(
-                        pointers, plan, shared, row, head, which, layer, position, lane
-                    ),
-                )
-            for kind in range(2):
-                w.when(
-                    w.both(newest_here, w.equal(warp, plan.warps - 1 - kind)),
-                    lambda kind=kind: newest.store_new(pointers, plan, shared, kind, row, head, layer, position, lane),
-                )
-            if plan.biased and plan.table_rows > 1:
-                attention.store_table(plan, shared["table"], *tables, row, warp, lane)
-            me.meet()
-            query = attention.query_operand(plan, shared["query"], lane)
-            terms = attention.bias_terms(plan, shared["query"], biases, lane) if plan.biased else []
-            oldest = w.i32(0) if plan.window is None else w.iadd(valid, -plan.window)
-            scratch = w.offset(shared["x"], w.imul(warp, 2 * plan.share * 256))
-
-            def step(index, carried):
-                state, turn = carried[: attention.state_size(plan)], carried[attention.state_size(plan) :]
-                place = w.iadd(low, index, warp)
-                at = w.iadd(number, w.imul(w.idiv(index, plan.warps), plan.cache_slots))
-                data, extra, full, empty, parity = me.ring.slot(warp, at)
-                following = turn_of(w.iadd(place, plan.warps))
-                logits = None
-                if plan.biased:
-                    logits = attention.bias_logits(plan, terms, turn, scratch, shared["table"], lane)
-                d.barrier_wait(full, parity)
-                keys, values, empties = data, w.offset(data, TOKENS * plan.head_dim), [empty]
-                if not plan.quantized:
-                    values, _, full, empty, parity = me.ring.slot(warp, w.iadd(at, 1))
-                    d.barrier_wait(full, parity)
-                    empties.append(empty)
-                scales = extra if plan.quantized else None
-                first = w.imul(place, TOKENS)
-                mine = w.iadd(valid, -1, w.imul(first, -1))  # the newest token's row, if it is here
-                w.when(w.equal(place, w.iadd(every, -1)),
-                       lambda: newest.patch(plan, shared, keys, values, scales, mine, lane))  # fmt: skip
-                low_row, high_row = w.iadd(oldest, w.imul(first, -1)), w.iadd(valid, w.imul(first, -1))
-                state = attention.tile(plan, state, query, keys, values, scales, lane, low_row, high_row, logits)
-                d.fence_copies()
-                w.warp_barrier()
-                for barrier in empties:
-                    w.when(w.equal(lane, 0), lambda barrier=barrier: d.barrier_arrive(barrier))
-                return [*state, *following]
-
-            mine = w.imax(w.iadd(high, w.imul(low, -1), w.imul(warp, -1)), 0)
-            begin = [*attention.start_state(plan), *first_turn]
-            state = w.loop(mine, plan.warps, begin, step)[: attention.state_size(plan)]
-            attention.merge(plan, state, shared, pointers["partial"], pointers["statistics"], index, warp, lane)
-
-        w.when(exists, work)
-        number = w.iadd(number, w.imul(share_of(plan, count, warp), plan.cache_slots))
-    return number
-
-
 def _output(me: Consumer, layer, number, meetings):
     me.reach(meetings)
     width = me.plan.hidden
@@ -173,7 +87,10 @@ def _output(me: Consumer, layer, number, meetings):
         residual = _load_bf16(_source(me, layer), row, width, column)
         return lambda sums: _store_bf16(me.pointers["mid"], row, width, column, w.add(residual, _round(sums[0])))
 
-    return me.multiply(me.plan.matrix("output"), number, me.put_attended, finish, layer)
+    def put():
+        return me.pointers["attended"] if "output" in me.plan.unstaged else me.put_attended()
+
+    return me.multiply(me.plan.matrix("output"), number, put, finish, layer)
 
 
 def _gate_up(me: Consumer, layer, number, meetings):
@@ -185,7 +102,11 @@ def _gate_up(me: Consumer, layer, number, meetings):
             gate, up = _round(sums[0]), _round(sums[1])
             sigmoid = w.reciprocal(w.add(w.f32(1.0), w.exp2(w.mul(gate, w.f32(-1.4426950408889634)))))
             activated = w.mul(_round(w.mul(gate, sigmoid)), up)
-            _store_bf16(me.pointers["act"], row, me.plan.inner, column, activated)
+            if "down" in me.plan.unstaged:
+                place = w.element(me.pointers["act"], matmul.place_of(me.plan, row, column), 2)
+                w.store_float_as(place, 0, activated, "bfloat16")
+            else:
+                _store_bf16(me.pointers["act"], row, me.plan.inner, column, activated)
 
         return store
 
@@ -201,8 +122,11 @@ def _down(me: Consumer, layer, number, meetings):
         residual = _load_bf16(me.pointers["mid"], row, width, column)
         return lambda sums: _store_bf16(me.pointers["hidden"], row, width, column, w.add(residual, _round(sums[0])))
 
-    put = lambda: me.put_plain(me.pointers["act"], me.plan.inner)  # noqa: E731
+    def put():
+        act = me.pointers["act"]
+        return act if "down" in me.plan.unstaged else me.put_plain(act, me.plan.inner)
+
     return me.multiply(me.plan.matrix("down"), number, put, finish, layer)
 
 
-_PHASES = {"qkv": _qkv, "cache": _cache, "output": _output, "gate_up": _gate_up, "down": _down}
+_PHASES = {"qkv": _qkv, "cache": cache.phase, "output": _output, "gate_up": _gate_up, "down": _down}

@@ -47,12 +47,11 @@ def tiles_of(matrix: Matrix, block):
     return w.select(active, w.i32(matrix.depth * matrix.parts), w.i32(0))
 
 
-def item_of(plan: Plan, start, block, round_: int):
-    """A block's part of the cache in a round: (index, exists, row, head, first and last 16 tokens, valid tokens, all).
+def item_of(plan: Plan, start, index):
+    """The index-th part of the cache: (index, exists, row, head, first and last 16 tokens, valid tokens, all).
 
-    The newest token counts, though a block finds it not in the ring.
+    A block's parts lie `blocks` apart. The newest token counts, though a block finds it not in the ring.
     """
-    index = w.iadd(block, round_ * plan.blocks)
     exists = w.less(index, plan.items * plan.splits)
     index = w.imin(index, plan.items * plan.splits - 1)
     item, split = w.idiv(index, plan.splits), w.irem(index, plan.splits)
@@ -142,8 +141,9 @@ def load_cache(plan: Plan, pointers, ring: Ring, loader, lane, block, layer, num
     itemsize = 1 if plan.quantized else 2
     row_bytes = plan.head_dim * itemsize
     names = ("key_scales", "key_minimums", "value_scales", "value_minimums")
-    for round_ in range(plan.item_rounds):
-        _, exists, row, head, low, high, _, _ = item_of(plan, pointers["start"], block, round_)
+
+    def part(index, numbers):
+        _, exists, row, head, low, high, _, _ = item_of(plan, pointers["start"], index)
         blocks = w.select(exists, w.iadd(high, w.imul(low, -1)), w.i32(0))
         cached = w.imul(w.iadd(layer, plan.first_layer), plan.batch)
         line = w.imul(w.iadd(w.imul(w.iadd(cached, row), plan.kv_heads), head), plan.length)  # tokens before the head's
@@ -171,7 +171,13 @@ def load_cache(plan: Plan, pointers, ring: Ring, loader, lane, block, layer, num
                 copy = (target, source, size, full)
                 w.when(w.less(lane, copies), lambda copy=copy: d.bulk_copy(*copy))
 
-        numbers = _in_turn(plan, loader, blocks, plan.cache_slots, numbers, fill)
+        return _in_turn(plan, loader, blocks, plan.cache_slots, numbers, fill)
+
+    if plan.direct:
+        body = lambda round_, numbers: part(w.iadd(block, w.imul(round_, plan.blocks)), numbers)  # noqa: E731
+        return w.loop(w.i32(plan.item_rounds), 1, numbers, body)
+    for round_ in range(plan.item_rounds):
+        numbers = part(w.iadd(block, round_ * plan.blocks), numbers)
     return numbers
 
 

@@ -35,8 +35,33 @@ def x_operand(plan: Plan, x, lane, chunk):
     return [pair for load in loads for pair in (load[:2], load[2:])]
 
 
-def tile(plan: Plan, matrix: Matrix, x, slot, extra, lane, depth, sums):
-    """`sums` (four floats a strip) plus the products of a tile: chunks depth · rows …, all strips of the part."""
+def place_of(plan: Plan, row, column):
+    """Where `direct_words` finds an element of x: in pieces of 32 columns, in them by row, lane t, matrix, element."""
+    line = w.iadd(w.imul(w.idiv(column, 32), plan.batch), row)
+    t, inside = w.idiv(w.irem(column, 8), 2), w.irem(column, 32)
+    return w.iadd(w.imul(line, 32), w.imul(t, 8), w.imul(w.idiv(inside, 8), 2), w.irem(column, 2))
+
+
+def direct_words(plan: Plan, matrix: Matrix, source, lane, depth, exists):
+    """A tile's operand B from global memory, 16 words a chunk; zeros for rows, chunks and tiles that are not there."""
+    if plan.batch < 8:
+        exists = w.both(exists, w.less(lane, 4 * plan.batch))
+    found = []
+    for row in range(matrix.rows):
+        chunk, here = w.iadd(w.imul(depth, matrix.rows), row), exists
+        if matrix.chunks % matrix.rows != 0 and row > 0:
+            here = w.both(exists, w.less(chunk, matrix.chunks))
+        pointer = w.element(source, w.iadd(w.imul(chunk, 4 * 4 * plan.batch), lane), 16)
+        for quarter in range(4):
+            found += d.load_fresh_if(here, pointer, quarter * 64 * plan.batch)
+    return found
+
+
+def tile(plan: Plan, matrix: Matrix, operand_of, slot, extra, lane, depth, sums):
+    """`sums` (four floats a strip) plus the products of a tile: chunks depth · rows …, all strips of the part.
+
+    `operand_of(row, chunk)` gives two words of operand B for each step of the tile's row-th chunk.
+    """
     bits, groups, width = matrix.bits, matrix.groups, matrix.width
     steps = 8 // groups
     offset = 128.0 if bits == 4 else -128.0
@@ -47,7 +72,7 @@ def tile(plan: Plan, matrix: Matrix, x, slot, extra, lane, depth, sums):
         chunk = w.iadd(w.imul(depth, matrix.rows), row)
         partial = matrix.chunks % matrix.rows != 0 and row > 0
         exists = w.less(chunk, matrix.chunks) if partial else None
-        operand = x_operand(plan, x, lane, w.imin(chunk, matrix.chunks - 1) if partial else chunk)
+        operand = operand_of(row, w.imin(chunk, matrix.chunks - 1) if partial else chunk)
         x_sums = []
         for group in range(groups):
             total = [w.f32(0.0)] * 4

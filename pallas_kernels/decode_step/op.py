@@ -22,6 +22,7 @@ MULTIPROCESSORS = {
 }
 WARPS = 8
 MOST_ROWS = 8
+DIRECT_WIDTH = 4096  # D of `Plan.direct`; at 5120 norming 8 rows spills registers: no faster than a kernel at a time
 
 
 @jax.tree_util.register_dataclass
@@ -182,7 +183,7 @@ def unsupported(shape: DecodeShape, chip: str) -> str | None:
     except ValueError as error:
         return str(error)
     if plan.slots < 2 * plan.warps:
-        return f"{shape.batch} rows of {max(shape.hidden, shape.inner)} leave too little shared memory"
+        return f"{shape.batch} rows of {plan.staged_width} leave too little shared memory"
     return None
 
 
@@ -216,10 +217,18 @@ def plan_for(shape: DecodeShape, blocks: int, *, warps: int = WARPS, slots: int 
         inner=shape.inner, head_dim=K, length=shape.length, quantized=shape.quantized, norm_dtype=shape.norm_dtype,
         matrices=tuple(matrices), blocks=blocks, warps=warps, slots=0, **(defaults | facts),
     )  # fmt: skip
-    _, rest = plan.regions()
-    room = (plans.SHARED_BYTES - rest - 3 * 128) // (plans.SLOT_BYTES + plan.extra_stride + 16)
+    room = _room(plan)
+    if room < 2 * warps and "direct" not in facts and shape.hidden <= DIRECT_WIDTH:
+        plan = dataclasses.replace(plan, direct=True)
+        room = _room(plan)
     room = room if slots is None else min(slots, room)
     return dataclasses.replace(plan, slots=room // warps * warps)
+
+
+def _room(plan: plans.Plan) -> int:
+    """Slots of the ring that fit beside all else."""
+    _, rest = plan.regions()
+    return (plans.SHARED_BYTES - rest - 3 * 128) // (plans.SLOT_BYTES + plan.extra_stride + 16)
 
 
 def operands(x_BD, weights: LayerWeights, start_B, tables: Tables):

@@ -139,6 +139,8 @@ class Plan:
         skip: names of phases whose work is left out, to time the others (results are then meaningless); "cards" for
             the sums over cards.
         cards: that hold shares of the layers; heads, F and matrices are those of one card.
+        direct: the form for rows of x that do not all fit beside a ring: see `unstaged`; and parts of attention are
+            merged after a block's last, not each on its own.
     """
 
     layers: int
@@ -168,6 +170,7 @@ class Plan:
     splits: int
     skip: tuple[str, ...] = ()
     cards: int = 1
+    direct: bool = False
 
     @property
     def share(self) -> int:
@@ -193,9 +196,21 @@ class Plan:
         return self.quantized and self.key_bias_dtype is not None
 
     @property
+    def unstaged(self) -> tuple[str, ...]:
+        """Matrices whose x warps read from global memory, where the phase before left it as `matmul.place_of` says."""
+        if not self.direct:
+            return ()
+        return ("output", "down") if self.splits == 1 else ("down",)
+
+    @property
+    def staged_width(self) -> int:
+        """The widest x in shared memory."""
+        return max(matrix.in_features for matrix in self.matrices if matrix.name not in self.unstaged)
+
+    @property
     def x_stride(self) -> int:
         """Bytes between rows of x in shared memory."""
-        return max(matrix.in_features for matrix in self.matrices) * 2 + 16
+        return self.staged_width * 2 + 16
 
     @property
     def extra_stride(self) -> int:
@@ -212,22 +227,43 @@ class Plan:
     def parts_of_bias(self) -> int:
         return 1 if self.share <= 4 else 2
 
+    @property
+    def query_bytes(self) -> int:
+        """A part's queries in shared memory."""
+        return self.share * self.head_dim * 2
+
+    @property
+    def fresh_bytes(self) -> int:
+        """A part's newest key and value in shared memory."""
+        return 2 * (self.head_dim * 2 + 16)
+
+    @property
+    def kept_bytes(self) -> int:
+        """A warp's state of a part in shared memory: outputs, then maximum and sum of eight queries."""
+        return self.share * self.head_dim * 4 + 64
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Where the warps' products of the keys' bias pass, at the beginning of x."""
+        return self.warps * 2 * self.share * 256 if self.biased else 0
+
     def regions(self) -> tuple[dict[str, int], int]:
         """Byte offset of each region of shared memory, and their total size."""
         sums = max(self.warps * matrix.width * STRIP * self.batch * 4 for matrix in self.matrices)
         merge = self.warps * (self.merge_queries * self.head_dim * 4 + 64)
-        turned = self.warps * 2 * self.share * 256 if self.biased else 0
+        parts = self.item_rounds if self.direct else 1  # that are there at once
+        kept = parts * self.warps * self.kept_bytes if self.direct else 0
         sizes = {
             "ring": self.slots * SLOT_BYTES,
             "extra": self.slots * self.extra_stride,
             "full": self.slots * 8,
             "empty": self.slots * 8,
-            "x": max(self.batch * self.x_stride, turned),
+            "x": max(self.batch * self.x_stride, self.scratch_bytes + kept),
             "sums": max(sums, merge),
             "small": 4 * self.warps * 8,
             "zero": 4,
-            "query": self.share * self.head_dim * 2,
-            "fresh": 2 * (self.head_dim * 2 + 16),
+            "query": parts * self.query_bytes,
+            "fresh": parts * self.fresh_bytes,
             "table": 8192 if self.biased else 0,
         }
         offsets, at = {}, 0

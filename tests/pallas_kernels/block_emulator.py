@@ -339,6 +339,13 @@ def reciprocal_sqrt(x):
 
 
 load_fresh = load_words
+
+
+def load_fresh_if(condition, pointer, byte_offset):
+    with _only(condition):
+        return load_words(pointer, byte_offset, 4)
+
+
 barriers_ready = fence_copies = fence_all = fence_device
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.decode_step import (
     attention,
+    cache,
     consumer,
     kernel,
     layer,
@@ -29,7 +30,7 @@ K = 128
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-MODULES = (attention, consumer, kernel, layer, loader, matmul, newest, mosaic_gpu_append, mosaic_gpu_fragments)
+MODULES = (attention, cache, consumer, kernel, layer, loader, matmul, newest, mosaic_gpu_append, mosaic_gpu_fragments)
 
 
 @pytest.fixture
@@ -174,8 +175,8 @@ def emulate(case, plan, seed=0):
     return memories["hidden"].as_array(ml_dtypes.bfloat16, (case.batch, case.hidden)).astype(np.float64), kv
 
 
-def check(case, plan, limit=1.5e-2):
-    hidden, kv = emulate(case, plan)
+def check(case, plan, seed=0, limit=1.5e-2):
+    hidden, kv = emulate(case, plan, seed)
     want, wanted_kv = case.reference()
     error = np.linalg.norm(hidden - want) / np.linalg.norm(want)
     assert error < limit, error
@@ -201,11 +202,25 @@ def check(case, plan, limit=1.5e-2):
         (dict(batch=2, lengths=(17, 33), quantized=False, qk_norm=True), 2, dict(splits=3)),
         (dict(group_size=32, zeros=True, heads=8, kv_heads=1, lengths=(50,), window=20), 7, dict(splits=2, slots=8)),
         (dict(bits=8, group_size=64, bias=False, lengths=(64,)), 5, dict(splits=4)),
+        # The direct form. Several tiles of down a warp, the last with half of its chunks.
+        (dict(batch=5, lengths=(1, 39, 64, 17, 2), inner=2432, layers=1), 10, dict(splits=1, direct=True)),
+        # Six parts of the cache a block, and a table of turns for each row.
+        (
+            dict(batch=8, lengths=range(20, 28), zeros=True, group_size=64, window=20, table_rows=8),
+            3,
+            dict(splits=1, direct=True, seed=1),
+        ),
+        (dict(batch=2, lengths=(3, 9), bits=8, zeros=True, inner=1408), 11, dict(splits=1, direct=True, seed=2)),
+        (
+            dict(batch=3, heads=8, kv_heads=2, lengths=(1, 64, 30), quantized=False, qk_norm=True, logn=True),
+            4,
+            dict(splits=3, direct=True, seed=3),
+        ),
     ],
 )
 def test_equals_float64(on_the_emulator, case, blocks, options):
-    case = Case(**case)
-    check(case, case.plan(blocks, warps=8, **options))
+    case, seed = Case(**case), options.pop("seed", 0)
+    check(case, case.plan(blocks, warps=8, **options), seed)
 
 
 def test_a_late_copy_is_waited_for(on_the_emulator):
@@ -216,17 +231,44 @@ def test_a_late_copy_is_waited_for(on_the_emulator):
     assert np.linalg.norm(hidden - want) < 1e-2 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("quantized, bias", [(True, True), (True, False), (False, True)])
-def test_lowers_for_cuda_in_place(quantized, bias):
+@pytest.mark.parametrize(
+    "quantized, bias, direct", [(True, True, False), (True, False, False), (False, True, False), (True, True, True)]
+)
+def test_lowers_for_cuda_in_place(quantized, bias, direct):
     case = Case(quantized=quantized, bias=bias)
 
     def step(x, weights, kv, start, tables):
-        return op.run(x, weights, kv, start, tables, chip=H100, epsilon=1e-6, first_layer=1)
+        options = dict(direct=direct)
+        return op.run(x, weights, kv, start, tables, chip=H100, epsilon=1e-6, first_layer=1, plan_options=options)
 
     arguments = jax.tree.map(jnp.asarray, (case.x, case.weights(), case.kv, case.start(), case.tables()))
     traced = jax.jit(step, donate_argnums=2).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("tf.aliasing_output") == (6 if quantized else 2)
+
+
+@pytest.mark.parametrize(
+    "hidden, inner, staged, most",
+    [
+        (2048, 5504, 8, 8),  # Qwen-1.8B
+        (4096, 11008, 6, 8),  # 7B
+        (5120, 13696, 5, 5),  # 14B
+        (8192, 24576, 3, 3),  # 72B
+    ],
+)
+def test_rows_that_shared_memory_does_not_hold_are_read_directly(hidden, inner, staged, most):
+    shape = op.shape_of((case := Case()).x, case.weights(), case.kv)
+    heads = hidden // K
+    shape = dataclasses.replace(shape, hidden=hidden, inner=inner, heads=heads, kv_heads=heads, layers=1, length=2048)
+    for rows in range(1, 9):
+        some = dataclasses.replace(shape, batch=rows)
+        if rows > most:
+            assert op.unsupported(some, H100) == f"{rows} rows of {inner} leave too little shared memory"
+            continue
+        plan = op.plan_for(some, 132)
+        _, size = plan.regions()
+        assert plan.direct == (rows > staged)
+        assert plan.slots >= 2 * plan.warps and size <= 226 * 1024
 
 
 @pytest.mark.parametrize(
@@ -238,7 +280,7 @@ def test_lowers_for_cuda_in_place(quantized, bias):
         (dict(dtype="float16"), "bfloat16"),
         (dict(matrices=(("qkv", 4, 128, "bfloat16", True, True, "mosaic_gpu"),)), "act-order"),
         (dict(matrices=(("down", 3, 128, "bfloat16", True, False, "mosaic_gpu"),)), "4 or 8 bits"),
-        (dict(batch=8, inner=24576), "shared memory"),
+        (dict(batch=8, inner=24576, hidden=5120), "8 rows of 24576 leave too little shared memory"),
     ],
 )
 def test_unsupported_says_why(change, reason):

@@ -128,20 +128,21 @@ def emulate(case, count, blocks, seed, **options):
 
 
 @pytest.mark.parametrize(
-    "case, count, blocks, seed",
+    "case, count, blocks, seed, direct",
     [
-        (dict(inner=512, batch=2, lengths=(39, 64)), 2, 3, 0),
+        (dict(inner=512, batch=2, lengths=(39, 64)), 2, 3, 0, False),
+        (dict(inner=512, batch=5, lengths=(39, 64, 1, 20, 33), layers=1), 2, 2, 1, True),
         # Column strips do not divide evenly: two blocks share some. The newest push lands first.
-        (dict(inner=512, hidden=384, lengths=(39,), layers=1, quantized=False, bias=False), 2, 5, 1),
+        (dict(inner=512, hidden=384, lengths=(39,), layers=1, quantized=False, bias=False), 2, 5, 1, False),
         pytest.param(
-            dict(inner=384, heads=3, kv_heads=3, batch=3, lengths=(1, 20, 33), qk_norm=True, layers=1), 3, 2, 2,
+            dict(inner=384, heads=3, kv_heads=3, batch=3, lengths=(1, 20, 33), qk_norm=True, layers=1), 3, 2, 2, False,
             marks=pytest.mark.slow,
         ),
     ],
 )  # fmt: skip
-def test_equals_float64_of_the_whole(on_the_emulator, case, count, blocks, seed):
+def test_equals_float64_of_the_whole(on_the_emulator, case, count, blocks, seed, direct):
     case = one_card.Case(**case)
-    hidden, kv = emulate(case, count, blocks, seed, splits=1)
+    hidden, kv = emulate(case, count, blocks, seed, splits=1, direct=direct)
     want, wanted_kv = case.reference()
     for other in hidden[1:]:
         assert np.array_equal(hidden[0].view(np.uint16), other.view(np.uint16)), "the cards differ"

@@ -67,17 +67,18 @@ def test_nothing_large_is_copied(quantized):
 
 
 @pytest.mark.parametrize(
-    "base, rows, quantized",
+    "base, inner, rows, quantized",
     [
-        ("qwen-7b", 1, True),
-        ("qwen-7b", 8, True),
-        ("qwen2.5-7b", 3, True),
-        ("qwen3-8b", 1, False),
-        ("qwen-7b", 4, False),
+        ("qwen-7b", 2048, 1, True),
+        ("qwen-7b", 2048, 8, True),
+        ("qwen2.5-7b", 2048, 3, True),
+        ("qwen3-8b", 2048, 1, False),
+        ("qwen-7b", 2048, 4, False),
+        ("qwen-7b", 16384, 8, True),  # x of down does not fit in shared memory
     ],
 )
-def test_one_launch_decodes_as_a_kernel_at_a_time(base, rows, quantized):
-    decoder = small_decoder(base, intermediate_size=2048)
+def test_one_launch_decodes_as_a_kernel_at_a_time(base, inner, rows, quantized):
+    decoder = small_decoder(base, intermediate_size=inner)
     ids = np.random.default_rng(rows).integers(0, 256, (rows, 64)).astype(np.int32)
     lengths = np.arange(64, 64 - rows, -1, dtype=np.int32)
     steps = np.random.default_rng(9).integers(0, 256, (40, rows)).astype(np.int32)
