@@ -1,4 +1,4 @@
-"""What all tests share: eight CPU devices, strict dtype promotion, a compilation cache between runs."""
+"""What all tests share: eight CPU devices, strict dtype promotion, quick compiling, a cache of it between runs."""
 
 import os
 import pathlib
@@ -14,6 +14,9 @@ import jax
 import pytest
 
 CPU_DEVICES = 8
+# Tests compile more than they compute. Read with the first device, and kept from processes that tests start: those work
+# on whole models, which plain loops slow down.
+QUICK_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -23,7 +26,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 def pytest_sessionstart(session):
     # Asserted, for a test over eight devices that silently runs on one proves nothing.
-    count = len(jax.devices("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.config.jax_platforms == "cpu":
+            patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILING}")
+        count = len(jax.devices("cpu"))
     if count != CPU_DEVICES:
         raise pytest.UsageError(f"tests need {CPU_DEVICES} CPU devices, JAX was used before conftest.py: {count}")
 
