@@ -16,13 +16,14 @@ import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 
 from tests import demo_run
+from tests.conftest import QUICK_COMPILING
 from tests.edited import edited
 from tests.successor import write_byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 RUNNER = ROOT / "scripts" / "notebooks.py"
-TINY = "qwen2-int4-g64-actorder-asym"
+TINY = "qwen2-int4-per-channel"
 LINES, BYTES = 60, 1_000_000
 MACHINE_PATH = re.compile(r"(?<![\w.])/(root|home|tmp|work|usr|opt|var|Users|content)/|site-packages|[A-Z]:\\\\")
 
@@ -132,12 +133,15 @@ def test_runs(name, tiny, tmp_path):
         "01_chat": {"MAX_NEW_TOKENS": 40},  # a call of the tool needs 30
         "02_quantize": {"MODEL": str(tiny["source"]), "ROWS": 1, "TOKENS": 600},
         "03_kv_cache": {"MODEL": str(tiny["quantized"]), "BATCHES": (1, 2), "LENGTHS": (128, 512)},
+        "04_sharded": {"MODEL": str(tiny["quantized"])},
     }.get(name, {})
     demo_run.first_run()
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
+    if "MODEL" in values:
+        environment["XLA_FLAGS"] = QUICK_COMPILING
     command = [sys.executable, str(RUNNER), name, "--output", str(tmp_path)]
     command += [word for key, value in values.items() for word in ("--set", f"{key}={value!r}")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
