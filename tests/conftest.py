@@ -14,29 +14,38 @@ import jax
 import pytest
 
 CPU_DEVICES = 8
-# Tests compile more than they compute. Read with the first device, and kept from processes that tests start: those work
-# on whole models, which plain loops slow down.
-QUICK_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# A file is one process's work: the long ones come first, so that no process waits for them at the end. The very first
+# makes the demo, which others of them need.
+LONG = ("test_notebooks", "test_golden", "test_pipeline", "test_demo", "test_docs", "test_ahead_of_time")
 
 jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tests compile more than they compute. Processes that they start work as users' do.
+jax.config.update("jax_disable_most_optimizations", os.environ["JAX_PLATFORMS"] == "cpu")
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def pytest_sessionstart(session):
     # Asserted, for a test over eight devices that silently runs on one proves nothing.
-    with pytest.MonkeyPatch.context() as patch:
-        if jax.config.jax_platforms == "cpu":
-            patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILING}")
-        count = len(jax.devices("cpu"))
+    count = len(jax.devices("cpu"))
     if count != CPU_DEVICES:
         raise pytest.UsageError(f"tests need {CPU_DEVICES} CPU devices, JAX was used before conftest.py: {count}")
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     backend = jax.default_backend()
     for item in items:
         for marker in ("gpu", "tpu"):
             if item.get_closest_marker(marker) and backend != marker:
                 item.add_marker(pytest.mark.skip(reason=f"needs a {marker.upper()}, JAX runs on {backend}"))
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """For modules that compute more than they compile, or look at what was compiled."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
