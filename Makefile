@@ -25,9 +25,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# PYTEST passes options on: make pytest PYTEST="-k sampling -x -n 0". Two processes, each with whole files of tests.
+# PYTEST passes options on: make pytest PYTEST="-k sampling -x -n 0". Two processes, each with whole files of tests,
+# in the order that tests/conftest.py gives them.
 pytest: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 600 $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 600 $(PYTEST)
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

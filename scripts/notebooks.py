@@ -2,12 +2,14 @@
 
     python scripts/notebooks.py                            # all, in place
     python scripts/notebooks.py 01_chat --output /tmp/run  # a copy of one
+    python scripts/notebooks.py 01_chat --output /tmp/run --set MAX_NEW_TOKENS=8  # with another parameter
 
 Each runs in an empty folder, with a kernel of its own, and stops at the first cell that raises. What it was run from is
 kept in its metadata as a hash of its code cells, so that a test sees outputs that are older than the code.
 """
 
 import argparse
+import ast
 import hashlib
 import os
 import pathlib
@@ -29,6 +31,27 @@ def source_hash(notebook: nbformat.NotebookNode) -> str:
     """SHA-256 of all code cells."""
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(code).encode()).hexdigest()
+
+
+def set_parameters(notebook: nbformat.NotebookNode, values: dict[str, str]) -> None:
+    """Gives constants of the second code cell, the parameters, other values, in place.
+
+    Args:
+        notebook: changed.
+        values: Python literals by name.
+
+    Raises:
+        ValueError: a name that is no parameter.
+    """
+    cell = [cell for cell in notebook.cells if cell.cell_type == "code"][1]
+    lines = cell.source.splitlines()
+    for node in ast.parse(cell.source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in values:
+            name = node.targets[0].id
+            lines[node.lineno - 1] = f"{name} = {values.pop(name)}"
+    if values:
+        raise ValueError(f"--set names {', '.join(values)}, which its parameters are not; they are\n{cell.source}")
+    cell.source = "\n".join(lines)
 
 
 def execute(notebook: nbformat.NotebookNode, kernel: str = "python3") -> float:
@@ -63,11 +86,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="notebooks, as 01_chat; default: all")
     parser.add_argument("--output", type=pathlib.Path, default=FOLDER, help="where to write them; default: in place")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="another value of a parameter, with --output"
+    )
     arguments = parser.parse_args()
+    if arguments.set and arguments.output == FOLDER:
+        parser.error("--set changes the notebook; give --output, so that the original stays")
     _pass_over_absent_tpu()  # kernels inherit the environment
     failed = 0
     for name in arguments.names or sorted(path.stem for path in FOLDER.glob("*.ipynb")):
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+        set_parameters(notebook, dict(each.split("=", 1) for each in arguments.set))
         try:
             seconds = execute(notebook)
         except CellExecutionError as error:

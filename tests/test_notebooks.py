@@ -16,10 +16,13 @@ import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 
 from tests import demo_run
+from tests.edited import edited
+from tests.successor import write_byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 RUNNER = ROOT / "scripts" / "notebooks.py"
+TINY = "qwen2-int4-per-channel"
 LINES, BYTES = 60, 1_000_000
 MACHINE_PATH = re.compile(r"(?<![\w.])/(root|home|tmp|work|usr|opt|var|Users|content)/|site-packages|[A-Z]:\\\\")
 
@@ -110,18 +113,53 @@ def test_problems_are_found():
     assert len(problems(notebook)) == 4
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder in floats and one in 4 bits, with a tokenizer and room for the notebooks' texts."""
+    folders = {}
+    for kind in ("source", "quantized"):
+        target = tmp_path_factory.mktemp(kind)
+        folders[kind] = edited(TINY, target, kind, config={"max_position_embeddings": 2048})
+        write_byte_tokenizer(folders[kind])
+    return folders
+
+
 # Fine-tuning is run by the test of its guide; a notebook of it as well would take CI most of a minute.
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("06")) for n in NAMES])
-def test_runs(name, tmp_path):
+def test_runs(name, tiny, tmp_path):
+    """Every cell, on SmolLM2 where the text is about it, else on tiny models and few shapes: values are a reader's."""
+    values = {
+        "01_chat": {"MAX_NEW_TOKENS": 40},  # a call of the tool needs 30
+        "02_quantize": {"MODEL": str(tiny["source"]), "ROWS": 1, "TOKENS": 600},
+        "03_kv_cache": {"MODEL": str(tiny["quantized"]), "BATCHES": (1, 2), "LENGTHS": (128, 512)},
+        "04_sharded": {"MODEL": str(tiny["quantized"])},
+    }.get(name, {})
     demo_run.first_run()
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
+    if "MODEL" in values:
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # there is more to compile than to compute
     command = [sys.executable, str(RUNNER), name, "--output", str(tmp_path)]
+    command += [word for key, value in values.items() for word in ("--set", f"{key}={value!r}")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
-    assert problems(read(name, tmp_path)) == []
+    ran = read(name, tmp_path)
+    assert problems(ran) == []
+    assert all(f"{key} = {value!r}" in code_cells(ran)[1].source for key, value in values.items())
+
+
+def test_parameters_are_set_and_others_refused(capsys, monkeypatch):
+    notebook = read("02_quantize")
+    runner.set_parameters(notebook, {"ROWS": "1"})
+    assert code_cells(notebook)[1].source.splitlines()[1] == "ROWS = 1"
+    with pytest.raises(ValueError, match="--set names ROW, which .* parameters are not"):
+        runner.set_parameters(notebook, {"ROW": "1"})
+    monkeypatch.setattr(sys, "argv", ["notebooks.py", "02_quantize", "--set", "ROWS=1"])
+    with pytest.raises(SystemExit):
+        runner.main()
+    assert "give --output" in capsys.readouterr().err
 
 
 def test_a_cell_that_raises_fails_the_run(tmp_path, monkeypatch, capsys):

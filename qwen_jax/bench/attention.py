@@ -16,6 +16,7 @@ from pallas_kernels.kv_attention import op, reference, shapes
 from pallas_kernels.kv_attention.tensor import KVArrays
 from qwen_jax.bench import floors, processes, timing
 from qwen_jax.bench.models import MODELS
+from qwen_jax.bench.random_numbers import by_slot
 
 ROTATE_BYTES = 256 * 2**20  # a chain reads more than this: five times the L2 cache of an H100
 MOST_BYTES = 30 * 2**30
@@ -209,18 +210,10 @@ class _Case:
 
 
 def _random_cache(shape, quantized: bool, dtype: str) -> KVArrays:
-    """A layer and row at a time: the generator's temporaries are four times what it makes."""
-
-    def fill(key, shape, make):
-        def row(key):
-            return make(key, shape[2:])
-
-        return jax.lax.map(row, jax.random.split(key, shape[0] * shape[1])).reshape(shape)
-
     keys = jax.random.split(jax.random.key(0), 6)
     if not quantized:
-        return KVArrays(*(fill(key, shape, lambda k, s: jax.random.normal(k, s, dtype)) for key in keys[:2]))
-    units = [fill(key, shape, lambda k, s: jax.random.bits(k, s, jnp.uint8)) for key in keys[:2]]
+        return KVArrays(*(by_slot(key, shape, lambda k, s: jax.random.normal(k, s, dtype)) for key in keys[:2]))
+    units = [by_slot(key, shape, lambda k, s: jax.random.bits(k, s, jnp.uint8)) for key in keys[:2]]
     scales = [
         jax.random.uniform(key, shape[:-1], jnp.float16, *limits)
         for key, limits in zip(keys[2:], ((0.002, 0.02), (-2.0, -0.5)) * 2, strict=True)

@@ -16,6 +16,7 @@ from qwen_jax import fused_decode
 from qwen_jax.bench import split
 from qwen_jax.bench.models import MODELS
 from qwen_jax.bench.random_checkpoint import RandomCheckpoint
+from qwen_jax.bench.random_numbers import by_slot
 from qwen_jax.bench.random_weights import RandomWeights
 from qwen_jax.generation import Loop, Programs, Rules, bucket
 from qwen_jax.kv_cache import bytes_per_token
@@ -222,16 +223,13 @@ def _bytes_of_a_device(leaf: jax.Array) -> int:
 def _noise(kv, mesh=None):
     """Fills a cache with random numbers: zeros would compress, and hide a kernel that reads the wrong ones."""
 
-    def slot(dtype, shape, key):
+    def slot(dtype, key, shape):
         if dtype == jnp.uint8:
             return jax.random.bits(key, shape, jnp.uint8)
         return (jax.random.uniform(key, shape, jnp.float32, 0.5, 1.0) / 64).astype(dtype)
 
     def fill(number, array):
-        # A slot of a layer at a time: the generator's own temporaries are four times what it makes.
-        keys = jax.random.split(jax.random.key(number), array.shape[0] * array.shape[1])
-        slots = jax.lax.map(functools.partial(slot, array.dtype, array.shape[2:]), keys)
-        return slots.reshape(array.shape)
+        return by_slot(jax.random.key(number), array.shape, functools.partial(slot, array.dtype))
 
     leaves, structure = jax.tree.flatten(kv)
     noisy = []

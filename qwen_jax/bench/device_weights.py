@@ -6,7 +6,6 @@ arrays put into its order.
 """
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.layout_mosaic_gpu import LAYOUT
+from qwen_jax.bench.random_numbers import scale
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import Linear
 from qwen_jax.model import Decoder
@@ -127,9 +127,9 @@ def _arrays(ours: Decoder, split: Decoder, config: ModelConfig) -> Iterator[tupl
         assert weight.layout == other.layout == LAYOUT and weight.zeros is None
         assert weight.group_size == other.group_size, f"{path}: groups are cut between devices"
         groups = None if inputs is None else inputs // other.group_size
-        scale = math.sqrt(12 / (inputs or config.hidden_size)) / 2**weight.bits
+        factor = scale(inputs or config.hidden_size, weight.bits)
         yield path, weight.packed, other.packed, _Facts("bits", 1, join, widths, whole, 16)
-        yield f"{path}.scales", weight.scales, other.scales, _Facts("uniform", scale, join, widths, whole, real=groups)
+        yield f"{path}.scales", weight.scales, other.scales, _Facts("uniform", factor, join, widths, whole, real=groups)
         if own.bias is not None:
             yield f"{path}.bias", own.bias, theirs.bias, _Facts("normal", 0.2, "columns", widths, whole, zero=1)
 

@@ -13,6 +13,7 @@ from converters.huggingface import Module, ModuleSpec
 from converters.safetensors_files import Runs, at_runs, length
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
+from qwen_jax.bench.random_numbers import scale
 from qwen_jax.config import ModelConfig
 
 
@@ -67,8 +68,7 @@ class RandomCheckpoint:
             return Module(DenseTensor(data_OI, self.dtype, I, "transposed"), bias)
         words, groups = -(-I * spec.bits // 32), -(-I // spec.group_size)
         packed = rng.integers(-(2**31), 2**31, (words, O), np.int32)
-        # Uniform integers of deviation 2^bits / √12, scaled so that outputs have about the size of inputs.
-        scales = math.sqrt(12 / I) / 2**spec.bits * rng.uniform(0.8, 1.2, (groups, O))
+        scales = scale(I, spec.bits) * rng.uniform(0.8, 1.2, (groups, O))
         weight = QuantizedTensor(packed, scales.astype(self.dtype), None, None, spec.bits, spec.group_size, I)
         return Module(weight, bias)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
+from qwen_jax.bench.random_numbers import scale
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
 from qwen_jax.loading import Stack, pack
@@ -131,7 +132,5 @@ def quantized(key, inputs, outputs, bits, group_size, dtype) -> QuantizedTensor:
     size = inputs if group_size == -1 else group_size
     words, groups = -(-inputs * bits // 32), -(-inputs // size)
     packed = jax.lax.bitcast_convert_type(jax.random.bits(key, (words, outputs), jnp.uint32), jnp.int32)
-    # Uniform integers of deviation 2^bits / √12, scaled so that outputs have about the size of inputs.
-    scale = math.sqrt(12 / inputs) / 2**bits
-    scales = scale * jax.random.uniform(key, (groups, outputs), jnp.float32, 0.8, 1.2)
+    scales = scale(inputs, bits) * jax.random.uniform(key, (groups, outputs), jnp.float32, 0.8, 1.2)
     return QuantizedTensor(packed, scales.astype(dtype), None, None, bits, size, inputs)

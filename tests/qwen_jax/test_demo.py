@@ -14,6 +14,8 @@ from qwen_jax.evaluate.perplexity import perplexity
 from tests import demo_run
 from tests.smollm2 import REFERENCE_PERPLEXITY, WINDOW, documentation_ids, write_qwen_v1
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def checkpoints():
@@ -38,8 +40,8 @@ def float_model(checkpoints):
 
 @pytest.fixture(scope="module")
 def float_beginning(float_model, ids):
-    """Perplexity of the first two windows."""
-    return perplexity(float_model, ids, WINDOW, limit=2 * WINDOW)
+    """Perplexity of the first window."""
+    return perplexity(float_model, ids, WINDOW, limit=WINDOW)
 
 
 def test_tokenizer(checkpoints):
@@ -63,13 +65,13 @@ def test_first_generation_qwen_is_the_same_model(checkpoints, ids, float_beginni
     write_qwen_v1(checkpoints.source, tmp_path / "v1")
     model = QwenForCausalLM.from_pretrained(tmp_path / "v1", dtype="float32")
     assert model.config.family == "qwen" and model.config.num_kv_heads == 9
-    assert perplexity(model, ids, WINDOW, limit=2 * WINDOW) == pytest.approx(float_beginning, rel=1e-5)
+    assert perplexity(model, ids, WINDOW, limit=WINDOW) == pytest.approx(float_beginning, rel=1e-5)
 
 
 def test_int4_stays_close(checkpoints, ids, float_beginning):
     # Rounding to nearest gives more than 1.1: the file's own weights have 4 bits already, on another grid.
     model = QwenForCausalLM.from_pretrained(checkpoints.converted, dtype="float32")
-    assert 1.005 < perplexity(model, ids, WINDOW, limit=2 * WINDOW) / float_beginning < 1.1
+    assert 1.005 < perplexity(model, ids, WINDOW, limit=WINDOW) / float_beginning < 1.1
 
 
 def test_checkpoints(checkpoints):

@@ -89,7 +89,7 @@ def test_padding_changes_nothing(case, side, quantized_cache):
     both = model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=[])
     scores = np.asarray(model(padded, attention_mask=mask))
     for row, length in enumerate([T, T - 7]):
-        alone = ids[row : row + 1, :length]
+        alone = ids[[row, row], :length]  # twice: the programs are those of the two rows together
         expected = model.generate(alone, max_new_tokens=6, do_sample=False, eos_token_id=[])
         np.testing.assert_array_equal(both[row, -6:], expected[0, -6:])
         assert relative_error(scores[row][mask[row] == 1], model(alone)[0]) < 1e-5
