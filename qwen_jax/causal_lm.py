@@ -109,7 +109,7 @@ class QwenForCausalLM:
                 as they are.
             one_launch: on Hopper GPUs, decode up to 8 rows with all layers in one kernel launch where that kernel takes
                 the model (`qwen-jax info` says so, and why not); False: a kernel at a time.
-            reproducible: the same bits on one device and on every mesh, by sums that are exact in any order; several
+            reproducible: the same bits on one device and on every mesh, by sums that are exact in any order; 7 to 50
                 times slower, in float32 (docs/sharding.md).
             progress: called with the bytes read so far and their number.
 

@@ -87,6 +87,21 @@ def test_a_sum_that_cancels():
         np.testing.assert_allclose(got, np.float32(small), rtol=2**-23, atol=2**-42)
 
 
+def test_a_number_has_many_digits():
+    """The same number as sums of different shares may leave it: digits carried over, and halves to either side."""
+    rng = np.random.default_rng(0)
+    digits = rng.integers(-(2**13), 2**13, (4, 5000)).astype(np.float32)
+    digits[:2, :3000], digits[2, :2000] = 0, 2**13
+    other = digits.copy()
+    for place in (3, 2, 1):
+        carried = rng.integers(-3, 4, 5000)
+        other[place] -= carried * 2**14
+        other[place - 1] += carried
+    np.testing.assert_array_equal(total(digits), total(other))
+    want = (digits.astype(np.float64) * 2.0 ** -np.array([0, 14, 28, 42])[:, None]).sum(0)
+    np.testing.assert_allclose(total(digits), want, rtol=2**-23)
+
+
 def test_zeros_and_what_is_no_number():
     x, w = operands(4, 64, 8)
     x[1], x[2, 3], x[3, 5] = 0, np.nan, np.inf
