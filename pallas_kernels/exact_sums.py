@@ -7,7 +7,7 @@ order; where devices share them, as digits on four fixed grids, integers again, 
 Demmel and Nguyen, 2013). Everything else is done element by element.
 
 XLA and LLVM join a product and the sum it goes into (a · b + c, rounded once) in one program and not in another, and
-XLA multiplies (a · b) · c in the order that is cheapest. Here such a product is exact, by a power of two, or stands
+the libraries that XLA calls take whole chains of operations. Here such a product is exact, by a power of two, or stands
 behind a barrier, which nothing crosses.
 """
 

@@ -8,10 +8,11 @@ import pytest
 from qwen_jax import QwenForCausalLM
 from qwen_jax.sharded_programs import ShardedPrograms
 from qwen_jax.sharding import head_layout, parse_mesh
-from tests.qwen_jax.test_golden import GOLDEN, decode_logits, golden, load, relative_error
-from tests.qwen_jax.test_sharding import ACT_ORDER, ALL, COLLECTIVES, LIMIT, QWEN1, heads_of, make_mesh, on_mesh
+from tests.qwen_jax.test_golden import GOLDEN, golden, load, relative_error
+from tests.qwen_jax.test_sharding import ACT_ORDER, ALL, COLLECTIVES, LIMIT, heads_of, make_mesh, on_mesh
 
 PARTS = ("keys", "values", "key_scales", "key_minimums", "value_scales", "value_minimums")
+OPTIONS = dict(use_cache_quantization=True, max_length=128, reproducible=True)
 QUICK = [
     (ACT_ORDER, "gptq", 1, 3, True),  # act-order and zero-points, 4 heads and 5 groups on 3 devices, key biases
     ("qwen3-gptqmodel-int4-g32-dynamic-tied", "float", 4, 2, False),  # norms of heads, 2 rows on 4 devices
@@ -20,7 +21,7 @@ QUICK = [
 
 def check_bits(case, kind, data, model, quantized=True, long=False):
     """Prompt, three steps and greedy tokens, each mesh going on from its own cache; and a long prompt."""
-    options = dict(use_cache_quantization=quantized, max_length=128, reproducible=True)
+    options = OPTIONS | dict(use_cache_quantization=quantized)
     one, many = load(case, kind, **options), on_mesh(case, kind, data, model, **options)
     want, tokens = golden(case), golden(case)[f"{kind}_greedy"]
     ids = want["ids"]
@@ -57,17 +58,17 @@ def test_8_bit_cache_everywhere(case, kind, data, model):
 
 
 def test_as_exact_as_the_default():
-    """Logits of the default mode and of the original code, within the limits that hold there."""
-    plain, ours, want = load(QWEN1, "gptq"), load(QWEN1, "gptq", reproducible=True), golden(QWEN1)
-    ids, tokens = want["ids"], want["gptq_greedy"][:, :2]
-    assert relative_error(decode_logits(ours, ids, tokens), decode_logits(plain, ids, tokens)) < LIMIT
-    assert relative_error(ours(ids), plain(ids)) < LIMIT
-    assert relative_error(ours(ids), want["gptq_prefill"]) < 2e-3 < relative_error(ours(ids), want["float_prefill"])
+    """Logits of a prompt, within the limits of the default mode: against that mode and against the original code."""
+    plain, ours, want = load(ACT_ORDER, "gptq"), load(ACT_ORDER, "gptq", **OPTIONS), golden(ACT_ORDER)
+    last, scores = ours.prefill(want["ids"])[0], ours(want["long_ids"])
+    assert relative_error(last, plain.prefill(want["ids"])[0]) < LIMIT
+    assert relative_error(scores, plain(want["long_ids"])) < LIMIT
+    assert relative_error(scores, want["gptq_long"]) < 2e-3 < relative_error(scores, want["float_long"])
 
 
 def test_reductions_of_a_decode_step():
     """As without: two all-reduces a layer, one for the embedding, and act-order's gather; a layer's add four digits."""
-    many = on_mesh(ACT_ORDER, "gptq", 1, 3, use_cache_quantization=True, max_length=128, reproducible=True)
+    many = on_mesh(ACT_ORDER, "gptq", 1, 3, **OPTIONS)
     many.decoder.unroll = True
     programs = ShardedPrograms(many.decoder, make_mesh(1, 3))
     cache = programs.empty_cache(2, 64, "float32", True)
