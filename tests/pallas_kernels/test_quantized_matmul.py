@@ -224,7 +224,7 @@ def test_choice_by_chip_and_rows(caplog):
     assert "float32 dot" in choose(dataclasses.replace(shape, group_size=20), "cpu").form
     for rows, chip, form in ((3, CHIPS[1], "a sum"), (4, CHIPS[1], "a bfloat16 dot"), (1, "TPU v5", "a bfloat16 dot")):
         assert form in choose(dataclasses.replace(shape, rows=rows), chip, "xla").form
-    with pytest.raises(ValueError, match=r"kernels='fast' is none of \['auto', .*'xla'\]"):
+    with pytest.raises(ValueError, match=r"kernels='fast' is none of \['auto', .*'exact'\]"):
         choose(shape, "cpu", "fast")
     with pytest.raises(ValueError, match="kernels='xla' cannot run .* layout 'gptq', not 'other'"):
         choose(dataclasses.replace(shape, layout="other"), "cpu", "xla")
