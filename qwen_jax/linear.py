@@ -100,9 +100,10 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x, layer=None):
         """[..., features] → the same shape and dtype."""
-        x32, scale = x.astype(jnp.float32), at_layer(self.scale, layer).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
         if self.exact:
+            scale = at_layer(self.scale, layer).astype(jnp.float32)
             return exact_sums.rms_norm(x32, scale, self.epsilon).astype(x.dtype)
         mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = x32 * (1.0 / jnp.sqrt(mean_square + self.epsilon))
-        return (normed * scale).astype(x.dtype)
+        return (normed * at_layer(self.scale, layer).astype(jnp.float32)).astype(x.dtype)
