@@ -22,7 +22,7 @@ from qwen_jax.model import Decoder
 from qwen_jax.read_progress import Progress
 from qwen_jax.sampling import SamplingConfig
 from qwen_jax.sharded_programs import ShardedPrograms
-from qwen_jax.sharding import check_mesh
+from qwen_jax.sharding import check_mesh, reproducible_mesh
 from qwen_jax.text_stream import TextStream
 
 logger = logging.getLogger("qwen_jax")
@@ -89,6 +89,7 @@ class QwenForCausalLM:
         lm_head: str | None = None,
         adapter: str | Path | None = None,
         one_launch: bool = True,
+        reproducible: bool = False,
         progress: Progress | None = None,
     ) -> "QwenForCausalLM":
         """Loads a Hub id, a Hugging Face folder (float, GPTQ, compressed-tensors) or a folder written by `convert`.
@@ -108,6 +109,8 @@ class QwenForCausalLM:
                 as they are.
             one_launch: on Hopper GPUs, decode up to 8 rows with all layers in one kernel launch where that kernel takes
                 the model (`qwen-jax info` says so, and why not); False: a kernel at a time.
+            reproducible: the same bits on one device and on every mesh, by sums that are exact in any order; 7 to 50
+                times slower, in float32 (docs/sharding.md).
             progress: called with the bytes read so far and their number.
 
         Raises:
@@ -124,6 +127,10 @@ class QwenForCausalLM:
             check_mesh(mesh)
         if dtype == "auto":
             dtype = default_dtype(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+        if reproducible:
+            kernels, mesh = "exact", reproducible_mesh(dtype, kernels, adapter, mesh)
+        elif kernels == "exact":
+            raise ValueError('kernels="exact": are those of reproducible=True. Give that instead.')
         folder = checkpoint_store.find(name)
         weights = checkpoint_store.open_weights(
             folder, dtype=dtype, kernels=kernels, lm_head=lm_head, mesh=mesh, progress=progress

@@ -7,8 +7,11 @@ slice inside and nothing is copied.
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels import exact_sums
 from pallas_kernels.dense_matmul import DenseTensor, dense_matmul, embedding_lookup
+from pallas_kernels.dense_matmul import exact as exact_dense
 from pallas_kernels.quantized_matmul import QuantizedTensor, quantized_matmul
+from pallas_kernels.quantized_matmul import exact as exact_quantized
 
 nnx.register_data_type(QuantizedTensor)
 nnx.register_data_type(DenseTensor)
@@ -49,6 +52,14 @@ class Linear(nnx.Module):
             return y if out_dtype is None else y.astype(out_dtype)
         return dense_matmul(x, self.weight, layer=layer, bias_O=bias_O, out_dtype=out_dtype, kernels=self.kernels)
 
+    def _split(self, x, layer, unit: int):
+        """x · W as digits that any order adds up exactly, see `exact_sums.split_product`."""
+        if isinstance(self.weight, QuantizedTensor):
+            matrix_IO = exact_quantized.matrix(self.weight, layer)
+        else:
+            matrix_IO = exact_dense.matrix(self.weight, layer)
+        return exact_sums.split_product(x.astype(jnp.float32), matrix_IO, unit)
+
 
 class FusedLinear(nnx.Module):
     """Several projections of one input, stored as few matrices as their likeness allows.
@@ -75,15 +86,24 @@ class FusedLinear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · scale, computed in float32."""
+    """x / rms(x) · scale, computed in float32.
 
-    def __init__(self, scale, epsilon: float):
+    Attributes:
+        scale: float32 [*stack, features].
+        epsilon: added to the mean square.
+        exact: sum the squares as `exact_sums` does.
+    """
+
+    def __init__(self, scale, epsilon: float, exact: bool = False):
         self.scale = nnx.data(scale)
-        self.epsilon = epsilon
+        self.epsilon, self.exact = epsilon, exact
 
     def __call__(self, x, layer=None):
         """[..., features] → the same shape and dtype."""
         x32 = x.astype(jnp.float32)
+        if self.exact:
+            scale = at_layer(self.scale, layer).astype(jnp.float32)
+            return exact_sums.rms_norm(x32, scale, self.epsilon).astype(x.dtype)
         mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = x32 * (1.0 / jnp.sqrt(mean_square + self.epsilon))
         return (normed * at_layer(self.scale, layer).astype(jnp.float32)).astype(x.dtype)

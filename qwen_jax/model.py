@@ -104,7 +104,8 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query_BTHK = self.query_norm(query_BTHK, layer)
             key_BTGK = self.key_norm(key_BTGK, layer)
-        query_BTHK = rotate(query_BTHK, step.rotary)
+        turn = functools.partial(rotate, tables=step.rotary, exact=self.kernels == "exact")
+        query_BTHK = turn(query_BTHK)
         if step.rotary.logn_BT is not None:
             query_BTHK = query_BTHK * step.rotary.logn_BT[:, :, None, None].astype(query_BTHK.dtype)
 
@@ -113,10 +114,10 @@ class Attention(nnx.Module):
             stacked_bias = self.key_bias.reshape(-1, self.kv_heads, self.head_dim)
             bias_GK = at_layer(stacked_bias, layer)
         biased_BTGK = key_BTGK if bias_GK is None else key_BTGK + bias_GK.astype(key_BTGK.dtype)
-        biased_BTGK = rotate(biased_BTGK, step.rotary)
+        biased_BTGK = turn(biased_BTGK)
         scale = self.head_dim**-0.5
         if kv is not None:
-            stored_BTGK = rotate(key_BTGK, step.rotary) if kv.quantized and bias_GK is not None else biased_BTGK
+            stored_BTGK = turn(key_BTGK) if kv.quantized and bias_GK is not None else biased_BTGK
             write = functools.partial(append, axis=self.cache_axis, heads=self.heads, kernels=self.kernels)
             kv = write(kv, cache_layer, stored_BTGK, value_BTGK, step.start_B)
         if step.decode:
@@ -152,6 +153,7 @@ class Attention(nnx.Module):
                 step.lengths_B,
                 scale=scale,
                 sliding_window=self.sliding_window,
+                kernels=self.kernels,
             )
         return self.output(attended_BTHK.reshape(B, T, self.heads * self.head_dim), layer), kv
 

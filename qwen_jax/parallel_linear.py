@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from pallas_kernels import exact_sums
 from qwen_jax.linear import Linear, at_layer
 
 FEW_ROWS = 64  # up to here a reduction costs its latency, and its width nothing
@@ -23,6 +24,7 @@ class RowParallelLinear(Linear):
         inputs: int32 [*stack, in] or None: act-order. Rows sorted by group need inputs of other devices, so that x (the
             attention's output, small) is gathered and row r multiplies entry inputs[r] of it.
         direct: whether a kernel may write to the other devices' memory, see `sharding.Placement`.
+        unit: for sums with the same bits however rows are cut: rows that no mesh cuts. None: plain sums.
     """
 
     def __init__(
@@ -33,11 +35,12 @@ class RowParallelLinear(Linear):
         axis: tuple[str, ...] | str,
         direct=False,
         inputs=None,
+        unit: int | None = None,
         axes=(None, None),
         kernels="auto",
     ):
         super().__init__(weight, bias, axes=axes, kernels=kernels)
-        self.axis, self.direct = axis, direct
+        self.axis, self.direct, self.unit = axis, direct, unit
         self.inputs = nnx.data(inputs)
 
     def __call__(self, x, layer=None, out_dtype=None):
@@ -46,6 +49,9 @@ class RowParallelLinear(Linear):
             x = lax.all_gather(x, self.axis, axis=x.ndim - 1, tiled=True)
             x = jnp.take(x, at_layer(self.inputs, layer), axis=-1)
         dtype = x.dtype if out_dtype is None else out_dtype
+        if self.unit is not None:
+            total = exact_sums.total(lax.psum(self._split(x, layer, self.unit), self.axis))
+            return (total if self.bias is None else total + at_layer(self.bias, layer)).astype(dtype)
         # float16 shares may overflow where their sum does not. Long prompts in bfloat16 are reduced as they are; two
         # shares always, for their sum is rounded once either way. (Cutting prompts, so that a part's reduction runs
         # beside the product of the next, gained nothing: the reductions take multiprocessors from the products.)

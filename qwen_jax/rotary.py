@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.exact_sums import turn
 from qwen_jax.config import ModelConfig
 
 
@@ -100,9 +101,15 @@ def logn(config: ModelConfig, positions):
     return jnp.where(count > config.seq_length, jnp.log(count) / math.log(config.seq_length), 1.0)
 
 
-def rotate(x_BTHK, tables: Rotary):
-    """Turns the pairs of every head by its position, computed in float32 and returned in the dtype of x."""
+def rotate(x_BTHK, tables: Rotary, exact: bool = False):
+    """Turns the pairs of every head by its position, computed in float32 and returned in the dtype of x.
+
+    `exact`: by operations of which no compiler makes one, see `exact_sums`.
+    """
     cos_BTHK, sin_BTHK = tables.cos_BTK[:, :, None], tables.sin_BTK[:, :, None]
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos_BTHK - second * sin_BTHK, second * cos_BTHK + first * sin_BTHK], axis=-1)
-    return turned.astype(x_BTHK.dtype)
+    if exact:
+        turned = turn(first, second, cos_BTHK, sin_BTHK)
+    else:
+        turned = first * cos_BTHK - second * sin_BTHK, second * cos_BTHK + first * sin_BTHK
+    return jnp.concatenate(turned, axis=-1).astype(x_BTHK.dtype)

@@ -19,6 +19,7 @@ import pallas_kernels.dense_matmul as dense
 import pallas_kernels.quantized_matmul as quantized
 from converters.huggingface import Checkpoint, Module
 from pallas_kernels.dense_matmul import DenseTensor, quantize_head
+from pallas_kernels.exact_sums import unit_rows
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
 from qwen_jax.loading import CheckpointWeights, kept_dtype
@@ -29,6 +30,7 @@ from qwen_jax.sharding import (
     head_columns,
     head_layout,
     local_config,
+    row_multiples,
     split_rows,
     split_vocabulary,
     tensor_axes,
@@ -93,9 +95,10 @@ class ShardedWeights(CheckpointWeights):
     def linear(self, path, layers, axes) -> Linear:
         """See `model.Weights`; both projections of this kind are row-parallel."""
         tensors = ShardedStack(self.placement, len(layers), axes, self.kernels)
-        biases, inputs = [], []
+        biases, inputs, unit = [], [], None
         for n, layer in enumerate(layers):
             rows_NI, group_size = self._rows(path, layer)
+            unit = self._unit(path, layer)
             module, cut_NI = self._read(f"layers.{layer}.{path}", rows_NI=rows_NI)
             weight = module.weight
             if isinstance(weight, QuantizedTensor) and weight.permutation is not None:
@@ -119,6 +122,7 @@ class ShardedWeights(CheckpointWeights):
             axis=self.placement.axis(axes[0]),
             direct=self.placement.direct,
             inputs=gathered,
+            unit=unit,
             axes=axes,
             kernels=self.kernels,
         )
@@ -130,7 +134,8 @@ class ShardedWeights(CheckpointWeights):
         else:
             scale = np.stack([self.checkpoint.read_vector(f"layers.{layer}.{path}.scale") for layer in layers])
             names = ("layers", "features")
-        return RMSNorm(self._replicated(np.asarray(scale, np.float32), names), self.config.norm_epsilon)
+        scale = self._replicated(np.asarray(scale, np.float32), names)
+        return RMSNorm(scale, self.config.norm_epsilon, exact=self.kernels == "exact")
 
     def embedding(self) -> VocabularyLinear:
         """See `model.Weights`."""
@@ -186,6 +191,15 @@ class ShardedWeights(CheckpointWeights):
             self.layout, self.placement.parts, path, item.in_features, item.group_size, item.has_permutation
         )
         return (rows_NI if path == "mlp.down" else self.placement.each(rows_NI)), group_size
+
+    def _unit(self, path: str, layer: int) -> int | None:
+        """For exact sums: rows of a row-parallel module that no mesh cuts, the same on all of them."""
+        if self.kernels != "exact":
+            return None
+        item = self.checkpoint.spec(f"layers.{layer}.{path}")
+        if path == "attention.output" and not item.has_permutation:
+            return unit_rows(self.config.head_dim)
+        return unit_rows(row_multiples(item.in_features, item.group_size)[-1])
 
     def _head_columns(self, table) -> np.ndarray:
         return self.placement.each(head_columns(table, self.whole_config.head_dim))

@@ -116,6 +116,26 @@ def parse_mesh(text: str) -> Mesh:
     return jax.make_mesh(shape, (DATA, MODEL, SEQUENCE)[: len(shape)], devices=devices[:count])
 
 
+def reproducible_mesh(dtype: str, kernels: str, adapter, mesh: Mesh | None) -> Mesh:
+    """The mesh of a model that computes the same bits on all of them; one device is one, too.
+
+    Raises:
+        ValueError: for an option of `from_pretrained` that does not go with it.
+    """
+    if dtype != "float32":
+        raise ValueError(f'reproducible=True: holds in float32, got {dtype}. Give dtype="float32".')
+    if kernels != "auto":
+        raise ValueError(f'reproducible=True: has kernels of its own, got kernels={kernels!r}. Leave it at "auto".')
+    if adapter is not None:
+        raise ValueError("reproducible=True: adapters are summed in the devices' order. Merge it: qwen-jax merge.")
+    if mesh is not None and mesh.shape.get(SEQUENCE, 1) > 1:
+        raise ValueError(
+            "reproducible=True: the shares of a cache are merged in the devices' order. Leave out the axis "
+            f"{SEQUENCE!r}, or make it 1."
+        )
+    return jax.make_mesh((1, 1), (DATA, MODEL), devices=jax.devices()[:1]) if mesh is None else mesh
+
+
 def mesh_name(mesh) -> str:
     """The text that `parse_mesh` takes for a mesh (None: one device)."""
     return mesh_text(*(1 if mesh is None else mesh.shape.get(axis, 1) for axis in (DATA, MODEL, SEQUENCE)))
@@ -255,19 +275,24 @@ def even_split(size: int, devices: int, multiple: int) -> np.ndarray:
     return np.where(index < size, index, -1)
 
 
+def row_multiples(size: int, group_size: int | None) -> list[int]:
+    """What the lengths of the pieces of `split_rows` may be multiples of; the last one divides the others."""
+    smallest = 32  # rows that fill whole words for every number of bits
+    if group_size is None or group_size >= size:
+        return [smallest]
+    multiples = [group_size]
+    while multiples[-1] % 2 == 0 and multiples[-1] // 2 >= smallest:
+        multiples.append(multiples[-1] // 2)
+    return multiples
+
+
 def split_rows(size: int, group_size: int | None, devices: int) -> np.ndarray:
     """Rows of a row-parallel matrix for each device: [devices, length], −1 beyond.
 
     Whole groups, unless that gives the fullest device more than an eighth above its share: then halves of groups, and
     so on down to 32 rows. 13696 rows in groups of 128 on 8 devices: 14 groups each, 107 of the 112 real.
     """
-    smallest = 32  # rows that fill whole words for every number of bits
-    if group_size is None or group_size >= size:
-        return even_split(size, devices, smallest)
-    candidates = [group_size]
-    while candidates[-1] % 2 == 0 and candidates[-1] // 2 >= smallest:
-        candidates.append(candidates[-1] // 2)
-    splits = [even_split(size, devices, multiple) for multiple in candidates]
+    splits = [even_split(size, devices, multiple) for multiple in row_multiples(size, group_size)]
     for rows in splits:
         if rows.shape[1] * devices <= 1.125 * size:
             return rows

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chip import default_chip
-from pallas_kernels.dense_matmul import layout, transposed, xla
+from pallas_kernels.dense_matmul import exact, layout, transposed, xla
 from pallas_kernels.dense_matmul.tensor import DenseTensor
 from pallas_kernels.input_derivative import input_derivative
 from pallas_kernels.quantized_matmul.op import Choice, check_operands, log_choice
@@ -34,7 +34,8 @@ def dense_matmul(
         layer: which matrix of a stack, an int or an int32 scalar (may be traced); None for a single matrix.
         bias_O: [out] or, like a stacked weight, [layers, out]; added in float32. None for no bias.
         out_dtype: of the result; None for x's.
-        kernels: as for `quantized_matmul`, so that a model can hand one name to both; it is XLA that runs here.
+        kernels: as for `quantized_matmul`, so that a model can hand one name to both; unless it is "exact", whose sums
+            are the same in any order, it is XLA that runs here.
         chip: `device_kind` of the device it will run on; None for JAX's default device.
 
     Returns:
@@ -43,25 +44,25 @@ def dense_matmul(
     Raises:
         ValueError: if shapes disagree.
     """
-    del kernels
     lead = check_operands("dense_matmul", x_MI, weight, layer, bias_O)
     chip = default_chip() if chip is None else chip
     rows_MI = x_MI.reshape(math.prod(lead), weight.in_features)
-    choose(weight, rows_MI.shape[0], chip)
+    kernel = exact if choose(weight, rows_MI.shape[0], chip, kernels).name == "exact" else xla
     bias_O = one_bias(bias_O, layer)
     out_dtype = x_MI.dtype if out_dtype is None else out_dtype
 
     def forward(x_MI, weight, layer, bias_O):
-        return xla.run(x_MI, weight, layer, bias_O, chip, out_dtype)
+        return kernel.run(x_MI, weight, layer, bias_O, chip, out_dtype)
 
     backward = functools.partial(transposed.run, dtype=x_MI.dtype, chip=chip)
     result_MO = input_derivative(forward, backward, rows_MI, weight, layer, bias_O)
     return result_MO.reshape(*lead, weight.out_features)
 
 
-def choose(weight: DenseTensor, rows: int, chip: str) -> Choice:
+def choose(weight: DenseTensor, rows: int, chip: str, kernels: str = "auto") -> Choice:
     """Says how `rows` rows are multiplied by `weight` (arrays or shapes) on `chip`, a `device_kind`."""
-    choice = Choice("xla", xla.form(weight, rows, chip))
+    name, kernel = ("exact", exact) if kernels == "exact" else ("xla", xla)
+    choice = Choice(name, kernel.form(weight, rows, chip))
     log_choice("dense_matmul", chip, choice)
     return choice
 

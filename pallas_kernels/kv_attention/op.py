@@ -9,11 +9,12 @@ import functools
 import logging
 
 from pallas_kernels.chip import default_chip
-from pallas_kernels.kv_attention import mosaic_gpu, mosaic_tpu, mosaic_tpu_prefill, xla
+from pallas_kernels.kv_attention import exact, mosaic_gpu, mosaic_tpu, mosaic_tpu_prefill, xla
 from pallas_kernels.kv_attention.tensor import KVArrays
 from pallas_kernels.quantized_matmul.stack import take_layer
 
-KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla}  # best first; xla takes everything
+# Best first; xla takes everything, and exact runs only where it is named.
+KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla, "exact": exact}
 
 _logger = logging.getLogger("pallas_kernels")
 
@@ -151,15 +152,27 @@ def attend_decode(
     )
 
 
-def attend_prefill(query_BTHK, key_BTGK, value_BTGK, lengths_B, *, scale: float, sliding_window: int | None = None):
+def attend_prefill(
+    query_BTHK,
+    key_BTGK,
+    value_BTGK,
+    lengths_B,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    kernels: str = "auto",
+):
     """Causal attention among the tokens of a prompt, right-padded rows of `lengths_B` valid tokens.
 
     On a GPU in 16 bits it is cuDNN's flash attention through `jax.nn.dot_product_attention`, on a TPU JAX's splash
-    attention where shapes allow; elsewhere XLA, in blocks of queries. Rows past a length hold arbitrary finite numbers.
+    attention where shapes allow; elsewhere XLA, in blocks of queries; with `kernels` "exact" the form
+    whose bits depend on nothing beside a head. Rows past a length hold arbitrary finite numbers.
 
     Returns:
         [B, T, H, K] in the dtype of the query.
     """
+    if kernels == "exact":
+        return exact.attend_prefill(query_BTHK, key_BTGK, value_BTGK, scale=scale, sliding_window=sliding_window)
     tokens, head_dim = query_BTHK.shape[1], query_BTHK.shape[3]
     if mosaic_tpu_prefill.unsupported(tokens, head_dim, str(query_BTHK.dtype), default_chip()) is None:
         return mosaic_tpu_prefill.attend_prefill(

@@ -1,5 +1,7 @@
 """Cache attention in plain XLA: every shape, every platform."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,23 +18,26 @@ def unsupported(shape, chip: str) -> str | None:
     return None
 
 
-def quantize(x_BTGK):
+def quantize(x_BTGK, keep_apart=lambda arrays: arrays):
     """Rounds each token and head to 8 bits: (uint8 [..., K], float16 scale [...], float16 minimum [...]).
 
     scale = (max − min) / 255; scale and minimum are rounded to float16 first, so that u = round((x − min) / scale)
     makes up for their rounding.
     """
     x_BTGK = x_BTGK.astype(jnp.float32)
-    minimum = x_BTGK.min(-1).astype(jnp.float16)
-    scale = ((x_BTGK.max(-1) - x_BTGK.min(-1)) / 255.0).astype(jnp.float16)
+    low, high = keep_apart((x_BTGK.min(-1), x_BTGK.max(-1)))
+    minimum = low.astype(jnp.float16)
+    scale = ((high - low) / 255.0).astype(jnp.float16)
     step = scale.astype(jnp.float32)[..., None]
     offset_BTGK = x_BTGK - minimum.astype(jnp.float32)[..., None]
     units_BTGK = jnp.where(step > 0, jnp.round(offset_BTGK / jnp.where(step > 0, step, 1.0)), 0.0)
     return jnp.clip(units_BTGK, 0, 255).astype(jnp.uint8), scale, minimum
 
 
-def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, share: bool = False) -> KVArrays:
-    """Writes T tokens of one layer; see `op.append`."""
+def append(
+    kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, share: bool = False, keep_apart=lambda arrays: arrays
+) -> KVArrays:
+    """Writes T tokens of one layer; see `op.append`. `keep_apart`: what stands between a row's ends and their use."""
 
     def write(array, new_BTG):
         new_BGT = jnp.swapaxes(new_BTG, 1, 2)
@@ -50,8 +55,8 @@ def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, share: bool = Fal
 
     if not kv.quantized:
         return KVArrays(write(kv.keys, key_BTGK), write(kv.values, value_BTGK))
-    keys, key_scales, key_minimums = quantize(key_BTGK)
-    values, value_scales, value_minimums = quantize(value_BTGK)
+    keys, key_scales, key_minimums = quantize(key_BTGK, keep_apart)
+    values, value_scales, value_minimums = quantize(value_BTGK, keep_apart)
     return KVArrays(
         write(kv.keys, keys),
         write(kv.values, values),
@@ -60,6 +65,15 @@ def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, share: bool = Fal
         write(kv.value_scales, value_scales),
         write(kv.value_minimums, value_minimums),
     )
+
+
+def read_layer(array, layer, length: int):
+    """float32 [B, G, length, …]: one layer's first positions of an array of the cache."""
+    sizes = (1, *array.shape[1:3], length, *array.shape[4:])
+    part = lax.dynamic_slice(array, (layer, *(0,) * (array.ndim - 1)), sizes)
+    if array.dtype == jnp.int16:  # float16 as bits, see `KVArrays`
+        part = lax.bitcast_convert_type(part, jnp.float16)
+    return part[0].astype(jnp.float32)
 
 
 def attend_decode(
@@ -80,12 +94,7 @@ def attend_decode(
     G = kv.keys.shape[2]
     S = min(active_length or kv.keys.shape[3], kv.keys.shape[3])
 
-    def read(array):
-        part = lax.dynamic_slice(array, (layer, *(0,) * (array.ndim - 1)), (1, *array.shape[1:3], S, *array.shape[4:]))
-        if array.dtype == jnp.int16:
-            part = lax.bitcast_convert_type(part, jnp.float16)
-        return part[0].astype(jnp.float32)
-
+    read = functools.partial(read_layer, layer=layer, length=S)
     query_BGQK = query_BHK.astype(jnp.float32).reshape(B, G, H // G, K) * scale
     logits_BGQS = jnp.einsum("BGQK,BGSK->BGQS", query_BGQK, read(kv.keys))
     if kv.quantized:

@@ -11,21 +11,21 @@ import jax.numpy as jnp
 
 from pallas_kernels.chip import default_chip
 from pallas_kernels.input_derivative import input_derivative
-from pallas_kernels.quantized_matmul import mosaic_gpu, mosaic_tpu, transposed, xla
+from pallas_kernels.quantized_matmul import exact, mosaic_gpu, mosaic_tpu, transposed, xla
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from pallas_kernels.quantized_matmul.stack import one_bias, take_layer
 from pallas_kernels.quantized_matmul.tensor import QuantizedTensor
 
 logger = logging.getLogger(__name__)
 
-# Best first; xla takes everything in layout "gptq". A kernel is a module with
+# Best first; xla takes everything in layout "gptq", and exact runs only where it is named. A kernel is a module with
 #   unsupported(shape: MatmulShape, chip) -> None, or one sentence that says why not
 #   form(shape, chip) -> str              one line for the log and `info`
 #   run(x_MI, weight, layer, bias_O, chip) -> [M, O] in x's dtype: x's columns already follow the stored rows (act-order
 #       is gathered before), layer is None or an index into the stack (an int or a traced int32), bias_O is added in
 #       float32; with TAKES_STACKED_BIAS it may also be [layers, out], which saves a launch that slices it
 #   and, where it wants a layout of its own: LAYOUT (its name), prepack(weight) and unpack(weight), exact inverses.
-KERNELS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla}
+KERNELS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu, "xla": xla, "exact": exact}
 
 
 @dataclasses.dataclass(frozen=True)

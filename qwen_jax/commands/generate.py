@@ -37,6 +37,9 @@ def run(
         str | None,
         typer.Option(help="Devices for rows x each layer (x the cache's length), as 1x4.", metavar="DxM[xS]"),
     ] = None,
+    reproducible: Annotated[
+        bool, typer.Option("--reproducible", help="The same bits on one device and on every mesh; slower, float32.")
+    ] = False,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="Run as one of many processes: Slurm, GKE, Cloud TPU, Open MPI.")
     ] = False,
@@ -80,6 +83,7 @@ def run(
             lm_head=lm_head,
             adapter=adapter,
             mesh=None if mesh is None else parse_mesh(mesh),
+            reproducible=reproducible,
         )
         ids = tokenizer.encode(prompt)
         if not ids:
