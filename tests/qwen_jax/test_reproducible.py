@@ -15,7 +15,8 @@ PARTS = ("keys", "values", "key_scales", "key_minimums", "value_scales", "value_
 OPTIONS = dict(use_cache_quantization=True, max_length=128, reproducible=True)
 QUICK = [
     (ACT_ORDER, "gptq", 1, 3, True),  # act-order and zero-points, 4 heads and 5 groups on 3 devices, key biases
-    ("qwen3-gptqmodel-int4-g32-dynamic-tied", "float", 4, 2, False),  # norms of heads, 2 rows on 4 devices
+    # Norms of heads, 2 rows on 4 devices, the cache not rounded, a long prompt.
+    pytest.param("qwen3-gptqmodel-int4-g32-dynamic-tied", "float", 4, 2, False, marks=pytest.mark.slow),
 ]
 
 

@@ -51,7 +51,12 @@ def test_matmul(chip, name, matrix, rows, bits):
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("chip", "name", "kv_bits"), [("v5e", "qwen-7b", 8), ("v5p", "qwen2.5-7b", 8), ("v6e", "qwen3-8b", 16)]
+    ("chip", "name", "kv_bits"),
+    [
+        pytest.param("v5e", "qwen-7b", 8, marks=pytest.mark.slow),
+        ("v5p", "qwen2.5-7b", 8),
+        ("v6e", "qwen3-8b", 16),
+    ],
 )
 def test_append_and_attention(chip, name, kv_bits):
     found = kernels.compile_attention(chip, MODELS[name], 8, 2048, kv_bits)

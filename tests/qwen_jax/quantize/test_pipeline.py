@@ -68,7 +68,7 @@ def final_streams(case, tmp_path, settings):
     return rows, sorted(ROWS, key=len, reverse=True)
 
 
-@pytest.mark.parametrize("case", [V1, QWEN2, QWEN3])
+@pytest.mark.parametrize("case", [V1, pytest.param(QWEN2, marks=pytest.mark.slow), QWEN3])
 def test_both_streams_are_the_models_own(case, tmp_path):
     """The float stream is the float model's, the quantized one that of the checkpoint as it was written."""
     run(case, tmp_path / "out")
