@@ -50,7 +50,8 @@ GROUPED = dataclasses.replace(SMALL, num_heads=28, num_kv_heads=4, head_dim=16)
 
 
 @pytest.mark.parametrize(
-    "config, mesh", [(SMALL, "1x2"), (GROUPED, "1x8"), pytest.param(GROUPED, "1x4x2", marks=pytest.mark.slow)]
+    "config, mesh",
+    [(SMALL, "1x2"), *(pytest.param(GROUPED, mesh, marks=pytest.mark.slow) for mesh in ("1x8", "1x4x2"))],
 )
 def test_the_model_of_one_device(config, mesh):
     source = RandomCheckpoint(config, dtype="float32")

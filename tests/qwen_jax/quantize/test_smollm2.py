@@ -35,6 +35,7 @@ def source(tmp_path_factory):
     return cut
 
 
+@pytest.mark.slow  # two quantizations of a real model; `test_layer_error_against_autogptqs_tensors` is quick
 def test_better_options_pay_on_other_text(source, tmp_path):
     import pydoc_data.topics
 
