@@ -240,6 +240,14 @@ def _consume(problem: Problem, scratch, warpgroup, count, wait, release, turn):
             refs["zeros"] = scratch["zeros_smem"].at[slot, part, pl.ds(0, problem.groups), columns]
         return fast_form.cast(problem, refs, piece)
 
+    def operands(slot, part, index):
+        """Of a chunk's pieces: each made when it is asked for or, with turns, all before this consumer's turn."""
+        made = (operand(slot, part, piece) for piece in range(problem.pieces))
+        if tiling.turns:
+            made = list(made)
+            take(index * tiling.chunks + part)
+        return made
+
     def multiply(accumulator, slot, part, piece, values):
         """Starts the products of a piece."""
         x = scratch["x_smem"].at[slot, :, pl.ds(part * layout.CHUNK + piece * depth, depth)]
@@ -252,11 +260,7 @@ def _consume(problem: Problem, scratch, warpgroup, count, wait, release, turn):
 
             def products(*accumulators):
                 for part in range(tiling.chunks):
-                    pieces = (operand(slot, part, piece) for piece in range(problem.pieces))
-                    if tiling.turns:
-                        pieces = list(pieces)
-                        take(index * tiling.chunks + part)
-                    for piece, values in enumerate(pieces):
+                    for piece, values in enumerate(operands(slot, part, index)):
                         group = part * problem.groups + piece * problem.groups // problem.pieces
                         multiply(accumulators[group], slot, part, piece, values)
                     if tiling.turns:
@@ -284,11 +288,7 @@ def _consume(problem: Problem, scratch, warpgroup, count, wait, release, turn):
         def _(index):
             slot = wait(index)
             for part in range(tiling.chunks):
-                pieces = (operand(slot, part, piece) for piece in range(problem.pieces))
-                if tiling.turns:
-                    pieces = list(pieces)
-                    take(index * tiling.chunks + part)
-                for piece, values in enumerate(pieces):
+                for piece, values in enumerate(operands(slot, part, index)):
                     multiply(accumulator, slot, part, piece, values)
                 if tiling.turns:
                     plgpu.wgmma_wait(problem.pieces - 1)  # the next consumer's products queue behind the last piece's

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from qwen_jax import QwenForCausalLM
-from qwen_jax.sharded_programs import ShardedPrograms
 from qwen_jax.sharding import head_layout, parse_mesh
 from tests.qwen_jax.test_golden import GOLDEN, golden, load, relative_error
-from tests.qwen_jax.test_sharding import ACT_ORDER, ALL, COLLECTIVES, LIMIT, heads_of, make_mesh, on_mesh
+from tests.qwen_jax.test_sharding import ACT_ORDER, ALL, COLLECTIVES, LIMIT, compiled_step, heads_of, make_mesh, on_mesh
 
 PARTS = ("keys", "values", "key_scales", "key_minimums", "value_scales", "value_minimums")
 OPTIONS = dict(use_cache_quantization=True, max_length=128, reproducible=True)
@@ -69,14 +68,8 @@ def test_as_exact_as_the_default():
 def test_reductions_of_a_decode_step():
     """As without: two all-reduces a layer, one for the embedding, and act-order's gather; a layer's add four digits."""
     many = on_mesh(ACT_ORDER, "gptq", 1, 3, **OPTIONS)
-    many.decoder.unroll = True
-    programs = ShardedPrograms(many.decoder, make_mesh(1, 3))
-    cache = programs.empty_cache(2, 64, "float32", True)
-    token = programs._rows(np.zeros(2, np.int32))
-    hlo = programs._decode.lower(programs._leaves, token, cache=cache, active_length=64).compile().as_text()
-    many.decoder.unroll = False
+    hlo, count = compiled_step(many, make_mesh(1, 3), quantized=True)
     layers, hidden = many.config.num_layers, many.config.hidden_size
-    count = {op: len(re.findall(rf"= \S+ {op}(-start)?\(", hlo)) for op in COLLECTIVES}
     assert count == dict.fromkeys(COLLECTIVES, 0) | {"all-reduce": 2 * layers + 1, "all-gather": layers}
     assert len(re.findall(rf"= f32\[4,2,1,{hidden}\]\S* all-reduce", hlo)) == 2 * layers
 

@@ -299,27 +299,32 @@ def test_a_kernels_layout_is_made_of_each_devices_share(monkeypatch, axes):
             assert not np.asarray(shard.data)[[0, 2]].any()
 
 
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
+
+
+def compiled_step(many, mesh, quantized: bool):
+    """A decode step of two rows, layers unrolled: (compiled HLO, how many of each collective)."""
+    many.decoder.unroll = True
+    programs = ShardedPrograms(many.decoder, mesh)
+    cache = programs.empty_cache(2, 64, "float32", quantized)
+    token = programs._rows(np.zeros(2, np.int32))
+    hlo = programs._decode.lower(programs._leaves, token, cache=cache, active_length=64).compile().as_text()
+    many.decoder.unroll = False
+    return hlo, {op: len(re.findall(rf"= \S+ {op}(-start)?\(", hlo)) for op in COLLECTIVES}
+
+
 @pytest.mark.parametrize("case, gathers", [("qwen2-int4-per-channel", 0), (ACT_ORDER, 1)])
 def test_reductions_of_a_decode_step(case, gathers):
     """Two all-reduces a layer and one for the embedding; act-order's stated gather is of activations."""
     many = on_mesh(case, "gptq", 1, 4)
-    many.decoder.unroll = True
-    programs = ShardedPrograms(many.decoder, make_mesh(1, 4))
-    cache = programs.empty_cache(2, 64, "float32", False)
-    token = programs._rows(np.zeros(2, np.int32))
-    hlo = programs._decode.lower(programs._leaves, token, cache=cache, active_length=64).compile().as_text()
-    many.decoder.unroll = False
+    hlo, count = compiled_step(many, make_mesh(1, 4), quantized=False)
     layers, config = many.config.num_layers, many.config
-    count = {op: len(re.findall(rf"= \S+ {op}(-start)?\(", hlo)) for op in COLLECTIVES}
     assert count == dict.fromkeys(COLLECTIVES, 0) | {"all-reduce": 2 * layers + 1, "all-gather": gathers * layers}
     inner = config.num_heads * config.head_dim
     for shape in re.findall(r"= \S+?\[([\d,]+)\]\S* all-gather", hlo):
         assert np.prod([int(size) for size in shape.split(",")]) == 2 * inner
     copies = re.findall(rf"= \S+?\[{layers},2,\d+,64,{config.head_dim}\]\S* copy\(", hlo)
     assert not copies, "the cache is not updated in place"
-
-
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
 
 
 # -- tables and cuts ---------------------------------------------------------------------------------------------------
