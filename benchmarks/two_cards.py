@@ -151,8 +151,11 @@ class Decode:
             seconds.append((time.perf_counter() - start) / STEPS / CHUNKS)
         step = statistics.median(seconds[1:])
         row = {"step_ms": round(step * 1e3, 3), "tokens_per_second": round(self.batch / step, 1), "tokens": tokens}
-        if self.model.mesh is not None and self.model.form == "each":
-            row |= split.of_step(split.kernels(lambda: run(loop=loop)), STEPS)
+        if self.model.form == "each":
+            busy = split.kernels(lambda: run(loop=loop))
+            row |= split.of_step(busy, STEPS)
+            most = sorted(busy, key=lambda name: -busy[name])[:20]
+            row["kernels_ms"] = {name: round(busy[name] / STEPS, 4) for name in most}
         return row
 
 

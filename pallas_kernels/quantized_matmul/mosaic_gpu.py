@@ -28,6 +28,8 @@ unpack = layout.unpack
 # wgmma with this register layout exists on compute capability 9.0 alone.
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 MULTIPROCESSORS = 132
+# Blocks that run at once by a cluster's size: a GPC has 16 or 18 multiprocessors, or fewer.
+CLUSTERED = {1: 132, 2: 132, 3: 108, 4: 112}
 SHARED_BYTES = 227 * 1024
 SMALL_ROWS = 16
 _TUNED = pathlib.Path(__file__).parent / "tuned"
@@ -181,35 +183,41 @@ def computed_tiling(rows: int, in_features: int, out_features: int, bits: int, g
                     if fits(tiling, *shape, SHARED_BYTES // blocks - 1024) and (slots > 1 or slots == ring):
                         return tiling
         return small.Tiling(1, 1, 1)
-    tiles = (256, 192, 128) if rows > 128 else (-(-rows // 8) * 8 if rows <= 64 else 64,)
-    candidates = [
-        (warpgroups, tile, splits)
-        for tile in tiles
-        for warpgroups in ((1, 2) if tile > 128 else (1, 2, 3))
-        for splits in (1, 2)
-        if splits == 1 or tile <= 128
-    ]
-    for warpgroups, tile, splits in sorted(candidates, key=lambda candidate: cycles(candidate, shape, strips)):
+    for warpgroups, tile, splits in large_candidates(*shape):
         for slots in (8, 7, 6, 5, 4, 3, 2):
-            tiling = large.Tiling(warpgroups, tile, splits, 1, slots, tile <= 64)
+            tiling = large.Tiling(warpgroups, tile, splits, slots, tile <= 64)
             if fits(tiling, *shape):
                 return tiling
-    return large.Tiling(1, 64, 1, 1, 2, True)
+    return large.Tiling(1, 64, 1, 2, True)
 
 
-def cycles(candidate: tuple[int, int, int], shape: tuple[int, ...], strips: int) -> float:
-    """Estimated time of `mosaic_gpu_large` in cycles; constants from measurements on an H100."""
+def large_candidates(
+    rows: int, in_features: int, out_features: int, bits: int, group_size: int
+) -> list[tuple[int, int, int]]:
+    """(warpgroups, rows, splits) of `mosaic_gpu_large.Tiling` that a block's registers hold, best by `cycles` first."""
     _, large = _kernels()
-    (warpgroups, tile, splits), (rows, in_features, out_features, _, _) = candidate, shape
-    blocks = -(-strips // (large.STRIPS * warpgroups)) * -(-rows // tile) * splits
-    chunks = -(-layout.chunks(in_features) // splits)
-    # wgmma of 64 columns by `tile` rows by 128: 4 cycles a row; 500 cycles a chunk do not overlap.
-    cycles = -(-blocks // MULTIPROCESSORS) * chunks * (4 * tile * warpgroups + 500)
-    if splits == 2:
-        cycles += 5000
-    elif splits > 2:  # one more launch, and float32 parts written and read
-        cycles += 4500 + splits * rows * out_features * 8 / 1700
-    return cycles
+    least = 64 if rows <= 512 else 128
+    tiles = {-(-rows // (8 * parts)) * 8 for parts in range(-(-rows // 256), -(-rows // least) + 1)}
+    candidates = [
+        (warpgroups, tile, splits)
+        for warpgroups, most in large.fast_form.MOST_ROWS.items()
+        for tile in tiles
+        for splits in range(1, large.fast_form.MOST_CLUSTER + 1)
+        if tile <= most
+    ]
+    return sorted(candidates, key=lambda candidate: cycles(candidate, rows, in_features, out_features))
+
+
+def cycles(candidate: tuple[int, int, int], rows: int, in_features: int, out_features: int) -> float:
+    """Estimated time of `mosaic_gpu_large` in cycles; fitted to 100 tilings on an H200, mostly within a tenth."""
+    _, large = _kernels()
+    warpgroups, tile, splits = candidate
+    blocks = -(-out_features // (large.fast_form.FEATURES * warpgroups)) * -(-rows // tile) * splits
+    waves = -(-blocks // CLUSTERED[splits])
+    # wgmma takes 4 cycles a row of x. Few rows: the instructions that make operands count, of all warpgroups.
+    few = max(380, (241 + 2.2 * tile) * warpgroups + 7.1 * tile - 215)
+    chunk = few if tile <= 64 else 4 * tile * warpgroups + 400
+    return waves * (-(-layout.chunks(in_features) // splits) * chunk + 535 + 2679 * (splits > 1))
 
 
 def fits(tiling, rows: int, in_features: int, out_features: int, bits: int, group_size: int, limit=SHARED_BYTES):

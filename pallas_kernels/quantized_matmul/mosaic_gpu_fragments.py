@@ -273,20 +273,6 @@ def store_row(ref: ir.Value, row: ir.Value, column: ir.Value, words, columns: in
             llvm.store(value, global_pointer(ref, arith.addi(index, utils.c(place, i64)), i16))
 
 
-def store_floats(ref: ir.Value, row: ir.Value, column: ir.Value, values, columns: int) -> None:
-    """Stores four float32 side by side in row `row` of a [.., columns] ref; those past the last column are left out."""
-    i64 = ir.IntegerType.get_signless(64)
-    index = arith.addi(arith.muli(arith.extui(i64, row), utils.c(columns, i64)), arith.extui(i64, column))
-    if columns % 4 == 0:
-        pointer = global_pointer(ref, index, f32_type())
-        utils.inline_ptx("st.global.v4.f32 [$0], {$1, $2, $3, $4};", pointer, *values, has_side_effects=True)
-        return
-    for place, value in enumerate(values):
-        inside = arith.cmpi(arith.CmpIPredicate.ult, arith.addi(column, i32(place)), i32(columns))
-        with utils.when(inside):
-            llvm.store(value, global_pointer(ref, arith.addi(index, utils.c(place, i64)), f32_type()))
-
-
 def cluster_barrier() -> None:
     """All threads of a cluster's blocks that have not ended wait for each other."""
     ptx = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +17,12 @@ from pallas_kernels.quantized_matmul import mosaic_gpu_fragments as fragments
 X_TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 STRIPS = 4  # of a warpgroup
 FEATURES = STRIPS * layout.STRIP
+PIECES = 2  # of a chunk, multiplied one after the other
 # Registers of a consumer's thread by consumers; with the loader's they must stay below what the launch gives (65536
 # over all threads, rounded down to 8 a thread), or the kernel hangs.
-REGISTERS, LOADER_REGISTERS = {2: 232, 3: 152, 4: 104}, 40
+REGISTERS, LOADER_REGISTERS = {2: 240, 3: 160, 4: 112}, 24
+MOST_ROWS = {1: 256, 2: 256, 3: 160, 4: 96}  # of x by consumers: their sums have to fit into registers
+MOST_CLUSTER = 4  # blocks; larger clusters leave multiprocessors idle, for a GPC has 16 or 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +33,15 @@ class Tiling:
         warpgroups: consumers of a block, 64 columns of the matrix each.
         rows: rows of x a block, a multiple of 8 up to 256.
         splits: blocks that share the rows of the matrix.
-        chunks: 128-row chunks of the matrix a stage.
-        slots: stages in shared memory.
+        slots: 128-row chunks of the matrix in shared memory.
         scale_sums: scale each group's sums instead of the weights.
-        pieces: 1, or 2 to multiply a chunk in two halves.
-        turns: consumers multiply in turn, each making its next operand while the others multiply. With two pieces the
-            next one begins when the first half is done, unless sums are scaled. Not measured yet.
     """
 
     warpgroups: int
     rows: int
     splits: int
-    chunks: int
     slots: int
     scale_sums: bool
-    pieces: int = 1
-    turns: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +51,14 @@ class Problem(mosaic_gpu_call.Problem):
     tiling: Tiling
 
     @property
-    def stages(self) -> int:
-        """Stages of the whole matrix."""
-        return layout.chunks(self.in_features) // self.tiling.chunks
+    def chunks(self) -> int:
+        """Of the whole matrix."""
+        return layout.chunks(self.in_features)
 
     @property
-    def split_stages(self) -> int:
-        """Stages of a split; the last one may have fewer."""
-        return -(-self.stages // self.tiling.splits)
+    def split_chunks(self) -> int:
+        """Chunks of a split; the last one may have fewer."""
+        return -(-self.chunks // self.tiling.splits)
 
     @property
     def groups(self) -> int:
@@ -71,23 +66,8 @@ class Problem(mosaic_gpu_call.Problem):
         return layout.groups_per_chunk(self.group_size)
 
     @property
-    def pieces(self) -> int:
-        """Pieces of a chunk that are multiplied one after another, each of one group where sums are scaled."""
-        return max(self.tiling.pieces, self.groups if self.tiling.scale_sums else 1)
-
-    @property
     def block_strips(self) -> int:
         return STRIPS * self.tiling.warpgroups
-
-    @property
-    def cluster(self) -> bool:
-        """Whether the blocks of a split are a cluster."""
-        return self.tiling.splits == 2
-
-    @property
-    def parts(self) -> bool:
-        """Whether blocks store float32 parts of the result."""
-        return self.tiling.splits > 2
 
 
 def shared_bytes(problem: Problem) -> int:
@@ -98,36 +78,43 @@ def shared_bytes(problem: Problem) -> int:
     slot += problem.groups * columns * item
     if not problem.symmetric:
         slot += mosaic_gpu_call.zero_rows(problem.groups, columns) * columns
-    return tiling.slots * tiling.chunks * slot + 4 * 1024
+    return tiling.slots * slot + 4 * 1024
 
 
 def staging_fits(tiling: Tiling) -> bool:
     """Whether x's slots hold the result on its way out (`_store_whole`, `_store_sums`)."""
     row_bytes = (FEATURES + 4) * 4 if tiling.splits > 1 else (FEATURES + 8) * 2
-    return tiling.warpgroups * row_bytes <= tiling.slots * tiling.chunks * layout.CHUNK * 2
+    return tiling.warpgroups * row_bytes <= tiling.slots * layout.CHUNK * 2
 
 
 def fitted(tiling: Tiling, strips: int, chunks: int, group_size: int) -> Tiling:
     """The tiling with what does not fit the matrix reduced."""
-    stage = math.gcd(tiling.chunks, chunks)
     splits = tiling.splits
-    while (splits - 1) * -(-(chunks // stage) // splits) >= chunks // stage:
+    while (splits - 1) * -(-chunks // splits) >= chunks:
         splits -= 1  # no split may be empty
-    warpgroups = max(1, min(tiling.warpgroups, strips // STRIPS))
     return dataclasses.replace(
         tiling,
-        warpgroups=warpgroups,
-        turns=tiling.turns and warpgroups > 1,
-        chunks=stage,
+        warpgroups=max(1, min(tiling.warpgroups, strips // STRIPS)),
         splits=splits,
         scale_sums=tiling.scale_sums and group_size >= 64,  # a 64-column tile of x is the least that wgmma takes here
     )
 
 
+def meet():
+    """The warps of a warpgroup wait for each other. Without `commit_smem`'s fences: nothing was written."""
+
+    @plgpu.inline_mgpu()
+    def run(ctx):
+        del ctx
+        utils.warpgroup_barrier()
+
+    run()
+
+
 def cast(problem: Problem, refs, piece: int):
     """Operand A of a piece of a chunk, [64, 128 / pieces] in wgmma's layout: q − zero, scaled if `scales` is there."""
     names, dtype = list(refs), problem.dtype
-    shape = (FEATURES, layout.CHUNK // problem.pieces)
+    shape = (FEATURES, layout.CHUNK // PIECES)
 
     @plgpu.inline_mgpu(
         arg_types=tuple(plgpu.RefType() for _ in names),
@@ -148,16 +135,16 @@ def cast(problem: Problem, refs, piece: int):
 
 def cast_words(problem: Problem, named, piece: int):
     """The registers of `cast`, each two numbers of x's type in an int32: four a 16-row step."""
-    dtype, bits, pieces = problem.dtype, problem.bits, problem.pieces
+    dtype, bits = problem.dtype, problem.bits
     lane, warp = fragments.lane_and_warp()
     pointer = fragments.address(
         named["packed"], fragments.multiply_add(warp, 256 * bits, arith.shli(lane, fragments.i32(4)))
     )
-    parts = range(piece * bits // (2 * pieces), (piece + 1) * bits // (2 * pieces))
+    parts = range(piece * bits // (2 * PIECES), (piece + 1) * bits // (2 * PIECES))
     loads = [fragments.load_shared(pointer, 512 * part, "v4.b32") for part in parts]
     flat = [word for load in loads for word in load]
     column = fragments.multiply_add(warp, layout.STRIP, arith.shrui(lane, fragments.i32(2)))
-    steps, registers = 8 // pieces, []
+    steps, registers = layout.CHUNK // (16 * PIECES), []
     group = None
     for step in range(steps):
         words = flat[step * bits // 4 : (step + 1) * bits // 4]
@@ -263,10 +250,7 @@ def _present(problem: Problem, row, column, first):
 
 
 def _store_sums(problem: Problem, x_smem, out, bias, tiles, warpgroup, start, first, row):
-    """Blocks hold parts of the sum, put into shared memory as float32.
-
-    In a cluster each block adds and stores a share of the rows; otherwise a block stores its part as it is.
-    """
+    """Blocks of a cluster hold parts of the sum: put into shared memory as float32, each adds and stores some rows."""
     rows, stride = problem.tiling.rows, (FEATURES + 4) * 4
     lane, warp = fragments.lane_and_warp()
     thread = fragments.multiply_add(warp, 32, lane)
@@ -281,25 +265,18 @@ def _store_sums(problem: Problem, x_smem, out, bias, tiles, warpgroup, start, fi
     piece, token = arith.andi(thread, fragments.i32(15)), arith.shrui(thread, fragments.i32(4))
     column = fragments.multiply_add(warpgroup, FEATURES, start, arith.shli(piece, fragments.i32(2)))
     kind = ir.IntegerType.get_signless(32)
-    blocks = problem.tiling.splits if problem.cluster else 1
-    share, begin = -(-rows // blocks), fragments.i32(0)
-    if problem.cluster:
-        fragments.cluster_barrier()
-        rank = utils.inline_ptx("mov.u32 $0, %cluster_ctarank;", result_types=kind, has_side_effects=True)
-        begin = arith.muli(rank, fragments.i32(share))
-    else:
-        utils.warpgroup_barrier()
+    share = -(-rows // problem.tiling.splits)
+    fragments.cluster_barrier()
+    rank = utils.inline_ptx("mov.u32 $0, %cluster_ctarank;", result_types=kind, has_side_effects=True)
+    begin = arith.muli(rank, fragments.i32(share))
     place = arith.addi(
         base, fragments.multiply_add(arith.addi(begin, token), stride, arith.shli(piece, fragments.i32(4)))
     )
-    places = [place]
-    if problem.cluster:
-        ptx = "mapa.shared::cluster.u32 $0, $1, {};"
-        places = [
-            utils.inline_ptx(ptx.format(block), place, result_types=kind, has_side_effects=True)
-            for block in range(blocks)
-        ]
-    space = "shared::cluster" if problem.cluster else "shared"
+    ptx = "mapa.shared::cluster.u32 $0, $1, {};"
+    places = [
+        utils.inline_ptx(ptx.format(block), place, result_types=kind, has_side_effects=True)
+        for block in range(problem.tiling.splits)
+    ]
     for round_ in range(-(-share // 8)):
         local = arith.addi(token, fragments.i32(8 * round_))
         inside = arith.addi(begin, local)
@@ -310,7 +287,7 @@ def _store_sums(problem: Problem, x_smem, out, bias, tiles, warpgroup, start, fi
         with utils.when(present):
             parts = [
                 utils.inline_ptx(
-                    f"ld.{space}.v4.f32 {{$0, $1, $2, $3}}, [$4+{8 * round_ * stride}];",
+                    f"ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [$4+{8 * round_ * stride}];",
                     place,
                     result_types=[fragments.f32_type()] * 4,
                     has_side_effects=True,
@@ -318,9 +295,6 @@ def _store_sums(problem: Problem, x_smem, out, bias, tiles, warpgroup, start, fi
                 for place in places
             ]
             values = [functools.reduce(arith.addf, column_parts) for column_parts in zip(*parts, strict=True)]
-            if problem.parts:
-                fragments.store_floats(out, target, column, values, problem.out_features)
-                continue
             if bias is not None:
                 values = [
                     arith.addf(value, _bias(problem, bias, arith.addi(column, fragments.i32(i))))
@@ -331,5 +305,4 @@ def _store_sums(problem: Problem, x_smem, out, bias, tiles, warpgroup, start, fi
                 fragments.narrow(values[2], values[3], problem.dtype),
             ]
             fragments.store_row(out, target, column, words, problem.out_features)
-    if problem.cluster:
-        fragments.cluster_barrier()  # the other block may still read
+    fragments.cluster_barrier()  # the other blocks may still read

@@ -66,27 +66,23 @@ def finish(problem: small.Problem, sums, scratch, inputs, out_gmem, warpgroup, s
                 out_gmem[:, columns] = value.astype(out_gmem.dtype)
 
 
-def consume(problem: large.Problem, scratch, warpgroup, count, wait, release, turn):
+def consume(problem: large.Problem, scratch, warpgroup, count, wait, release):
     """`mosaic_gpu_large._consume` in plain operations."""
-    tiling, depth, (take, give) = problem.tiling, layout.CHUNK // problem.groups, turn
+    tiling, depth = problem.tiling, layout.CHUNK // problem.groups
 
     def step(index, total):
         slot = wait(index)
-        for part in range(tiling.chunks):
-            packed = scratch["packed_smem"][slot, part, pl.ds(warpgroup * large.STRIPS, large.STRIPS)]
-            q = layout.integers(packed[None], problem.bits).astype(jnp.float32)
-            take(index * tiling.chunks + part)
-            for group in range(problem.groups):
-                columns = pl.ds(warpgroup * large.FEATURES, large.FEATURES)
-                minus = float(2 ** (problem.bits - 1))
-                if not problem.symmetric:
-                    minus = scratch["zeros_smem"][slot, part, group, columns].astype(jnp.float32)
-                values = q[group * depth : (group + 1) * depth] - minus
-                x = scratch["x_smem"][slot, :, pl.ds(part * layout.CHUNK + group * depth, depth)]
-                product = jnp.dot(values.T, x.astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
-                scales = scratch["scales_smem"][slot, part, group, columns].astype(jnp.float32)
-                total = total + product * scales[:, None]
-            give()
+        packed = scratch["packed_smem"][slot, pl.ds(warpgroup * large.STRIPS, large.STRIPS)]
+        q = layout.integers(packed[None], problem.bits).astype(jnp.float32)
+        for group in range(problem.groups):
+            columns = pl.ds(warpgroup * large.FEATURES, large.FEATURES)
+            minus = float(2 ** (problem.bits - 1))
+            if not problem.symmetric:
+                minus = scratch["zeros_smem"][slot, group, columns].astype(jnp.float32)
+            values = q[group * depth : (group + 1) * depth] - minus
+            x = scratch["x_smem"][slot, :, pl.ds(group * depth, depth)]
+            product = jnp.dot(values.T, x.astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
+            total = total + product * scratch["scales_smem"][slot, group, columns].astype(jnp.float32)[:, None]
         release(slot)
         return total
 

@@ -12,8 +12,8 @@ import re
 from typing import Any
 
 KEY = re.compile(r"([48]) bits, (\d+) x (\d+)")
-# Fields of the tilings of `mosaic_gpu_small` and `mosaic_gpu_large`; the last two of the latter may be left out.
-SMALL, LARGE = (int, int, int), (int, int, int, int, int, bool, int, bool)
+# Fields of the tilings of `mosaic_gpu_small` and `mosaic_gpu_large`.
+SMALL, LARGE = (int, int, int), (int, int, int, int, bool)
 
 
 def key(bits: int, in_features: int, out_features: int) -> str:
@@ -50,7 +50,7 @@ def read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
                 raise _damaged(
                     path,
                     f"{name}, {count!r} rows: {entry!r}, expected a tiling of {len(SMALL)} numbers for few rows or "
-                    f"{len(LARGE) - 2} to {len(LARGE)} for many",
+                    f"{len(LARGE)} for many",
                 )
     return entries
 
@@ -68,8 +68,8 @@ def write(path: pathlib.Path, entries: dict[str, dict[str, Any]], jax: str, date
 def _tiling(values) -> bool:
     if not isinstance(values, list):
         return False
-    kinds = SMALL if len(values) == len(SMALL) else LARGE[: len(values)]
-    right = len(values) in (len(SMALL), *range(len(LARGE) - 2, len(LARGE) + 1))
+    kinds = SMALL if len(values) == len(SMALL) else LARGE
+    right = len(values) == len(kinds)
     right = right and all(type(v) is kind and v >= (kind is int) for v, kind in zip(values, kinds, strict=True))
     return right and (kinds is SMALL or (values[1] % 8 == 0 and values[1] <= 256))
 

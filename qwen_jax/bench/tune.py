@@ -39,19 +39,11 @@ def matmul_candidates(bits: int, in_features: int, out_features: int, rows: int,
         # The deepest rings first: shallow ones wait for memory. Then those nearest to one wave of blocks.
         found.sort(key=lambda one: (one[0], abs(math.log(one[1][0] * mosaic_gpu.MULTIPROCESSORS / strips))))
         return [values for _, values in found[:MOST_CANDIDATES]]
-    tiles = (64, 128, 192, 256) if rows > 128 else sorted({-(-rows // 8) * 8, 64} if rows <= 64 else {64, 128})
-    ranked = sorted(
-        itertools.product((1, 2, 3), tiles, (1, 2)),
-        key=lambda candidate: mosaic_gpu.cycles(candidate, shape, strips),
-    )
-    for warpgroups, tile, splits in ranked:
-        if tile > 128 and (warpgroups > 2 or splits > 1):  # registers, and the cluster's shared memory
-            continue
+    for warpgroups, tile, splits in mosaic_gpu.large_candidates(*shape):
         for sums in {tile <= 64, False}:
-            slots = next((n for n in range(8, 1, -1) if _fits([warpgroups, tile, splits, 1, n, sums], shape)), None)
+            slots = next((n for n in range(8, 1, -1) if _fits([warpgroups, tile, splits, n, sums], shape)), None)
             if slots is not None:
-                values = [warpgroups, tile, splits, 1, slots, sums]
-                found += [[*values, 1, False], *([[*values, 1 if sums else 2, True]] if warpgroups > 1 else [])]
+                found.append([warpgroups, tile, splits, slots, sums])
     return found[:MOST_CANDIDATES]
 
 

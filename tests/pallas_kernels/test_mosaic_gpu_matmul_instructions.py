@@ -98,17 +98,16 @@ def test_a_stage_of_few_rows(dtype, rows, bits, group_size, zeros, scale_dtype, 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("scale_sums", [True, False])
-@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize(
     ("bits", "group_size", "zeros"), [(4, 128, False), (4, 64, True), (4, 32, True), (8, 128, True), (8, 64, False)]
 )
-def test_wgmma_operand(dtype, scale_sums, pieces, bits, group_size, zeros):
+def test_wgmma_operand(dtype, scale_sums, bits, group_size, zeros):
     if scale_sums and group_size == 32:
         pytest.skip("weights are scaled where groups are smaller than a tile of x")
     weight, matrix = make(128, bits, group_size, zeros, "float16")
     problem = large.Problem(
         64, 128, 64, bits, group_size, False, None, dtype, "float16", not zeros, None, False, 4,
-        large.Tiling(1, 64, 1, 1, 2, scale_sums, pieces),
+        large.Tiling(1, 64, 1, 2, scale_sums),
     )  # fmt: skip
     named = {"packed": emulator.put(np.asarray(weight.packed)[0], 0)}
     if not scale_sums:
@@ -117,8 +116,8 @@ def test_wgmma_operand(dtype, scale_sums, pieces, bits, group_size, zeros):
         named["zeros"] = emulator.put(np.asarray(weight.zeros), 1 << 17)
     got = np.zeros((128, 64))
     g, t = emulator.LANE // 4, emulator.LANE % 4
-    depth = 128 // problem.pieces
-    for piece in range(problem.pieces):
+    depth = 128 // large.PIECES
+    for piece in range(large.PIECES):
         for number, word in enumerate(large.cast_words(problem, named, piece)):
             step, register = divmod(number, 4)
             pairs = emulator._halves(word, {"bfloat16": "bf16", "float16": "f16"}[dtype]).astype(np.float64)
