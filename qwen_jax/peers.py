@@ -12,8 +12,8 @@ from qwen_jax.sharding import DATA, MODEL, SEQUENCE, Placement
 def addresses(placement: Placement, width: int, dtype: str) -> jax.Array | None:
     """Each device's row of `exchange.addresses` for sums of [rows, width] over "model", or None.
 
-    None for what no such launch sums (`card_sums.unsupported`), and where the mesh is not `direct` or splits the cache's
-    length.
+    None for what no such launch sums (`card_sums.unsupported`), and where the mesh is not `direct` or has devices along
+    "sequence".
     """
     mesh = placement.mesh
     unsupported = card_sums.unsupported(1, width, placement.model, dtype, default_chip())

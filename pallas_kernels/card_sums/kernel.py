@@ -84,6 +84,10 @@ def emit(plan: Plan, pointers, shared, block):
     piece = w.imin(wanted, plan.pieces - 1)  # threads past the end read the last again, and write nothing
     place = w.imul(w.iadd(w.imul(row, plan.pieces), piece), 16)
     share, hidden = (w.load_words(pointers[name], place, 4) for name in ("share", "hidden"))
+    scale = []
+    if plan.epsilon is not None:  # read here: nothing later waits for memory of this card
+        at = w.element(pointers["scale"], w.imul(w.load_words(pointers["layer"], 0, 1)[0], plan.width), 4)
+        scale = [x for n in (0, 16) for x in w.load_floats(at, w.iadd(w.imul(piece, 32), n), 4)]
 
     rank = w.load_words(pointers["addresses"], 0, 1)[0]
     numbers, inbox, *others = (d.load_pointer(pointers["addresses"], 8 * n) for n in range(1, plan.cards + 2))
@@ -105,8 +109,6 @@ def emit(plan: Plan, pointers, shared, block):
     w.when(exists, lambda: w.store_words(pointers["sum"], place, words))
 
     if plan.epsilon is not None:
-        at = w.element(pointers["scale"], w.imul(w.load_words(pointers["layer"], 0, 1)[0], plan.width), 4)
-        scale = [x for n in (0, 16) for x in w.load_floats(at, w.iadd(w.imul(piece, 32), n), 4)]
         total = _squares(plan, shared, thread, _floats(words), exists)  # meets the block
         inverse = d.reciprocal_sqrt(w.fma(total, w.f32(1 / plan.width), w.f32(plan.epsilon)))
         normed = _words([w.mul(w.mul(x, inverse), s) for x, s in zip(_floats(words), scale, strict=True)])
