@@ -3,10 +3,11 @@
     XLA_PYTHON_CLIENT_MEM_FRACTION=.93 python benchmarks/two_cards.py --output result.json
 
 Weights are random, made on the cards, the same numbers on one as on two, so that greedy tokens can be compared. A form
-of a decode step is "each" (a kernel at a time), "one" (all layers in one launch), or "alone": one launch without its
-sums over the cards, to tell their time. All programs compile in threads before anything is timed. The work is done by
-a process of its own, which is killed when it says nothing for too long (a collective that hangs): rows are printed and
-written as they are measured, so that the others are kept.
+of a decode step is "each" (a kernel at a time), "nccl" (the same, but sums over the cards are NCCL's instead of our
+own), "one" (all layers in one launch), or "alone": one launch without its sums over the cards, to tell their time. All
+programs compile in threads before anything is timed. The work is done by a process of its own, which is killed when it
+says nothing for too long (a collective that hangs): rows are printed and written as they are measured, so that the
+others are kept.
 """
 
 import argparse
@@ -46,6 +47,7 @@ qwen-7b 4 decode 1 1x1 one
 qwen-72b 4 prefill 1 1x2 each
 qwen-72b 4 prefill 1 1x1 each
 qwen2.5-72b 4 decode 32 1x2 each
+qwen2.5-72b 4 decode 32 1x2 nccl
 qwen2.5-72b 4 decode 32 1x1 each
 qwen-72b 4 decode 1 1x2 each
 qwen-72b 4 decode 1 1x2 alone
@@ -55,6 +57,7 @@ qwen-7b 4 decode 8 1x1 one
 qwen-72b 4 decode 8 1x2 one
 qwen-72b 4 decode 8 1x1 one
 qwen-7b 4 decode 32 1x2 each
+qwen-7b 4 decode 32 1x2 nccl
 qwen-7b 4 decode 32 1x1 each
 qwen-14b 4 decode 1 1x2 one
 qwen-14b 4 decode 1 1x1 one
@@ -82,8 +85,11 @@ class Model:
     pieces: int = 2
 
     def __post_init__(self):
-        options = dict(unroll=jax.default_backend() == "gpu", one_launch=self.form != "each")
+        options = dict(unroll=jax.default_backend() == "gpu", one_launch=self.form not in ("each", "nccl"))
         decoder = device_weights.shapes(self.config, self.storage, self.mesh, **options)
+        if self.form == "nccl":
+            for linear in (linear for block in decoder.blocks for linear in (block.attention.output, block.mlp.down)):
+                linear.direct = False
         self.programs = programs_of(decoder, self.mesh)
         self.shapes, self.programs._leaves = self.programs._leaves, None
 
@@ -151,7 +157,7 @@ class Decode:
             seconds.append((time.perf_counter() - start) / STEPS / CHUNKS)
         step = statistics.median(seconds[1:])
         row = {"step_ms": round(step * 1e3, 3), "tokens_per_second": round(self.batch / step, 1), "tokens": tokens}
-        if self.model.form == "each":
+        if self.model.form in ("each", "nccl"):
             busy = split.kernels(lambda: run(loop=loop))
             row |= split.of_step(busy, STEPS)
             most = sorted(busy, key=lambda name: -busy[name])[:20]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from qwen_jax.linear import FusedLinear, Linear, at_layer
+from qwen_jax.linear import FusedLinear, Linear, Projection, at_layer
 from qwen_jax.loading import FUSED
 from qwen_jax.parallel_linear import RowParallelLinear
 
@@ -36,7 +36,7 @@ class Dropout(NamedTuple):
     key: Any
 
 
-class AdaptedLinear(nnx.Module):
+class AdaptedLinear(Projection):
     """A `Linear` and the terms of its outputs.
 
     Attributes:

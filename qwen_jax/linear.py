@@ -22,7 +22,20 @@ def at_layer(stacked, layer):
     return stacked if layer is None else stacked[layer]
 
 
-class Linear(nnx.Module):
+class Projection(nnx.Module):
+    """y of x: what a layer adds to its residual stream."""
+
+    def add(self, x, hidden, layer=None):
+        """hidden + y, both [..., out]."""
+        return hidden + self(x, layer)
+
+    def add_norm(self, x, hidden, norm: "RMSNorm", layer=None):
+        """(`add`, its norm)."""
+        hidden = self.add(x, hidden, layer)
+        return hidden, norm(hidden, layer)
+
+
+class Linear(Projection):
     """y = x · W + b over one stored matrix.
 
     Attributes:

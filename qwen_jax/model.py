@@ -95,7 +95,7 @@ class Attention(nnx.Module):
         self.kernels, self.cache_axis = kernels, weights.cache_axis
 
     def __call__(self, hidden_BTD, step: Step, kv: KVArrays | None, layer, cache_layer):
-        """Attends, writes the new tokens to `kv` (None: no cache), returns (hidden_BTD, kv)."""
+        """Attends, writes the new tokens to `kv` (None: no cache), returns (what `output` reads [B, T, H · K], kv)."""
         B, T, _ = hidden_BTD.shape
         query, key, value = self.qkv(hidden_BTD, layer)
         query_BTHK = query.reshape(B, T, self.heads, self.head_dim)
@@ -155,7 +155,7 @@ class Attention(nnx.Module):
                 sliding_window=self.sliding_window,
                 kernels=self.kernels,
             )
-        return self.output(attended_BTHK.reshape(B, T, self.heads * self.head_dim), layer), kv
+        return attended_BTHK.reshape(B, T, self.heads * self.head_dim), kv
 
 
 class MLP(nnx.Module):
@@ -167,9 +167,9 @@ class MLP(nnx.Module):
         self.down = weights.linear("mlp.down", layers, ("mlp", "hidden"))
 
     def __call__(self, hidden_BTD, layer):
-        """[B, T, D] → [B, T, D]."""
+        """[B, T, D] → what `down` reads, [B, T, F]."""
         gate_BTF, up_BTF = self.gate_up(hidden_BTD, layer)
-        return self.down(jax.nn.silu(gate_BTF) * up_BTF, layer)
+        return jax.nn.silu(gate_BTF) * up_BTF
 
 
 class DecoderLayer(nnx.Module):
@@ -185,9 +185,9 @@ class DecoderLayer(nnx.Module):
     def __call__(self, hidden_BTD, step: Step, kv: KVArrays | None, layer):
         """One layer: (hidden_BTD, kv) after attention and MLP."""
         normed_BTD = self.attention_norm(hidden_BTD, layer)
-        attended_BTD, kv = self.attention(normed_BTD, step, kv, layer, self.first + layer)
-        hidden_BTD = hidden_BTD + attended_BTD
-        return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD, layer), layer), kv
+        attended_BTI, kv = self.attention(normed_BTD, step, kv, layer, self.first + layer)
+        hidden_BTD, normed_BTD = self.attention.output.add_norm(attended_BTI, hidden_BTD, self.mlp_norm, layer)
+        return self.mlp.down.add(self.mlp(normed_BTD, layer), hidden_BTD, layer), kv
 
 
 class Decoder(nnx.Module):

@@ -21,6 +21,7 @@ from converters.huggingface import Checkpoint, Module
 from pallas_kernels.dense_matmul import DenseTensor, quantize_head
 from pallas_kernels.exact_sums import unit_rows
 from pallas_kernels.quantized_matmul import QuantizedTensor
+from qwen_jax import peers
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
 from qwen_jax.loading import CheckpointWeights, kept_dtype
 from qwen_jax.parallel_linear import RowParallelLinear, VocabularyLinear
@@ -49,6 +50,7 @@ class ShardedWeights(CheckpointWeights):
         whole_config: of the model.
         placement: the mesh.
         layout: which heads lie where along "model".
+        peers: see `RowParallelLinear`.
         cache_axis: the mesh axis a cache's length is split over, or None.
     """
 
@@ -59,6 +61,7 @@ class ShardedWeights(CheckpointWeights):
         self.layout = head_layout(config.num_heads, config.num_kv_heads, self.placement.model)
         self.cache_axis = SEQUENCE if self.placement.sequence > 1 else None
         self.config = local_config(config, self.layout)
+        self.peers = peers.addresses(self.placement, config.hidden_size, dtype)
 
     def fused(self, path, outputs, layers, axes, separate_bias=None):
         """See `model.Weights`."""
@@ -121,6 +124,7 @@ class ShardedWeights(CheckpointWeights):
             bias,
             axis=self.placement.axis(axes[0]),
             direct=self.placement.direct,
+            peers=self.peers,
             inputs=gathered,
             unit=unit,
             axes=axes,

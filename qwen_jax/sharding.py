@@ -38,6 +38,7 @@ AXES: dict[str, tuple[str, ...] | str | None] = {
     "layers": None,
     "length": None,
     "head_dim": None,
+    "devices": (DATA, MODEL, SEQUENCE),  # an entry each
     "private": None,  # the further dimensions of a kernel's own layout, the rank of an adapter
 }
 
@@ -191,6 +192,7 @@ def parameter_axes(decoder) -> list[tuple[str, ...]]:
             stack = ("layers",) if module.weight.stack else ()
             names[id(module.bias)] = (*stack, module.axes[1])
             names[id(getattr(module, "inputs", None))] = (*stack, module.axes[0])
+            names[id(getattr(module, "peers", None))] = ("devices", "private")
         elif isinstance(module, RMSNorm):
             names[id(module.scale)] = ("layers", "features")[-module.scale.ndim :]
     for block in decoder.blocks:

@@ -171,3 +171,27 @@ def await_pushed(pointer, number):
     text = "{.reg .pred p; .reg .b32 n; .reg .b64 both; WAIT: ld.relaxed.sys.global.b64 both, [$1]; "
     text += "mov.b64 {$0, n}, both; setp.ne.b32 p, n, $2; @p bra WAIT; }"
     return w.asm(text, [w.f32_type()], pointer, number, effects=True)
+
+
+def load_pointer(pointer, byte_offset: int):
+    """A 64-bit address of global memory."""
+    return llvm.load(llvm.PointerType.get(), w.offset(pointer, byte_offset), alignment=8)
+
+
+def push_four(pointer, apart: int, words, number):
+    """As `push`, four words, each with the number: two at `pointer`, two `apart` bytes on; each 64 bits are whole."""
+    text = "{.reg .b64 a, b, c, d; mov.b64 a, {$1, $5}; mov.b64 b, {$2, $5}; mov.b64 c, {$3, $5}; mov.b64 d, {$4, $5}; "
+    text += f"st.relaxed.sys.global.v2.b64 [$0], {{a, b}}; st.relaxed.sys.global.v2.b64 [$0+{apart}], {{c, d}}; }}"
+    w.asm(text, [], pointer, *words, number)
+
+
+def await_four(skip, pointer, apart: int, number):
+    """The four words that `push_four` wrote with a number, once they are there; zeros at once where `skip` holds."""
+    text = "{.reg .pred p; .reg .b32 x<4>, n<4>; .reg .b64 both<4>; "
+    text += "".join(f"mov.b32 x{i}, 0; " for i in range(4)) + "@$6 bra DONE; WAIT: "
+    text += "ld.relaxed.sys.global.v2.b64 {both0, both1}, [$4]; "
+    text += f"ld.relaxed.sys.global.v2.b64 {{both2, both3}}, [$4+{apart}]; "
+    text += "".join(f"mov.b64 {{x{i}, n{i}}}, both{i}; " for i in range(4)) + "setp.ne.b32 p, n0, $5; "
+    text += "".join(f"setp.ne.or.b32 p, n{i}, $5, p; " for i in range(1, 4)) + "@p bra WAIT; DONE: "
+    text += "".join(f"mov.b32 ${i}, x{i}; " for i in range(4)) + "}"  # last: a result may share an operand's register
+    return list(w.asm(text, [w.i32_type()] * 4, pointer, number, skip, effects=True))

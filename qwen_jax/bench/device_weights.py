@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from pallas_kernels.quantized_matmul.layout_mosaic_gpu import LAYOUT
+from qwen_jax import peers
 from qwen_jax.bench.random_numbers import scale
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import Linear
@@ -44,16 +46,18 @@ class OneDevice(AbstractWeights):
 
 
 def shapes(config: ModelConfig, storage: Storage, mesh: Mesh | None, **options) -> Decoder:
-    """A decoder whose arrays are shapes; `options` go to `Decoder`."""
+    """A decoder whose arrays are shapes, but for the addresses of a mesh's memory; `options` go to `Decoder`."""
     if mesh is None:
         weights = OneDevice(config, storage, _abstract(1))
     else:
         weights = AbstractWeights(config, storage, mesh)
     decoder = Decoder(weights.config, weights, dtype=storage.dtype, **options)
     if mesh is not None:
+        placement = Placement(mesh)
+        found = peers.addresses(placement, config.hidden_size, storage.dtype)
         for linear in (linear for block in decoder.blocks for linear in (block.attention.output, block.mlp.down)):
             assert isinstance(linear, RowParallelLinear)
-            linear.direct = Placement(mesh).direct
+            linear.direct, linear.peers = placement.direct, nnx.data(found)
     return decoder
 
 
@@ -75,6 +79,9 @@ def maker(config: ModelConfig, storage: Storage, mesh: Mesh | None, pieces: int)
     def make():
         made = []
         for leaf in leaves:
+            if isinstance(leaf, jax.Array):  # addresses
+                made.append(leaf)
+                continue
             array = _make(*found[id(leaf)])
             made.append(array if mesh is not None else _whole(array, leaf.shape, pieces, found[id(leaf)][-1]))
             assert made[-1].shape == leaf.shape, (found[id(leaf)][0], made[-1].shape, leaf.shape)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-REDUCTIONS = re.compile("all-?reduce|all-?gather|psum|nccl", re.IGNORECASE)
+REDUCTIONS = re.compile("all-?reduce|all-?gather|psum|nccl|card_sums", re.IGNORECASE)
 ONE_LAUNCH = re.compile("decode_step")
 
 
@@ -28,7 +28,7 @@ def kernels(run: Callable[[], object]) -> dict[str, float]:
 
 
 def of_step(busy: dict[str, float], steps: int) -> dict[str, float | None]:
-    """{"busy_ms", "reductions_ms", "launch_ms"} of a step: all kernels, XLA's reductions, and the one launch.
+    """{"busy_ms", "reductions_ms", "launch_ms"} of a step: all kernels, the reductions, and the one launch.
 
     A reduction waits for the other devices: its time holds how far they are apart. The one launch adds its own sums.
     Without kernels all are None.

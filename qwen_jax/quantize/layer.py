@@ -7,7 +7,6 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from converters import names
 from converters.huggingface import Checkpoint
@@ -31,15 +30,6 @@ class Projection:
 
     weight_IO: jax.Array
     bias: np.ndarray | None
-
-
-class Identity(nnx.Module):
-    """Stands where a projection would, so that the module that calls it returns the projection's input."""
-
-    def __call__(self, x, layer=None, out_dtype=None):
-        """x."""
-        del layer, out_dtype
-        return x
 
 
 class Layer:
@@ -116,7 +106,6 @@ class Layer:
     def linear(self, path, layers, axes):
         """See `model.Weights`: attention output and MLP down are left out, their inputs are what is wanted."""
         del path, layers, axes
-        return Identity()
 
     def norm(self, path, layers):
         """See `model.Weights`."""

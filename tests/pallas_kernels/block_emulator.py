@@ -426,3 +426,56 @@ def await_count(pointer, target):
 
 def store_word(pointer, value):
     store_words(pointer, 0, [value])
+
+
+# -- other cards -----------------------------------------------------------------------------------------------------
+
+addresses: dict[int, Memory] = {}  # what a 64-bit address of global memory stands for
+
+
+def load_pointer(pointer, byte_offset):
+    found = _load(pointer, byte_offset, 8, np.int64)[:, 0]
+    return Pointer([addresses.get(int(address)) for address in found])
+
+
+def push(pointer, value, number):
+    """Lands late, as copies do; a word that is still on its way must not be written again."""
+    copies = _here.warp.grid.copies
+    for lane in np.flatnonzero(_on()):
+        memory, at = pointer.memory[lane], int(pointer.at[lane])
+        assert at % 8 == 0 and 0 <= at <= len(memory.bytes) - 8, "a push misaligned or outside its memory"
+        assert not any(target is memory and place == at for target, place, _, _ in copies), "two pushes on their way"
+        both = np.array([np.asarray(value[lane]).view(np.int32), number[lane]], np.int32)
+        copies.append((memory, at, both.view(np.uint8), None))
+
+
+def push_four(pointer, apart, words, number):
+    assert (pointer.at % 16 == 0)[_on()].all() and apart % 16 == 0
+    for index, each in enumerate(words):
+        push(offset(pointer, index // 2 * apart + index % 2 * 8), each, number)
+
+
+def await_pushed(pointer, number):
+    """Waits until a warp's words hold the number."""
+    return _await([pointer], number)[0].view(np.float32)
+
+
+def await_four(skip, pointer, apart, number):
+    with _only(~np.broadcast_to(skip, (LANES,))):
+        return _await([offset(pointer, index // 2 * apart + index % 2 * 8) for index in range(4)], number)
+
+
+def _await(pointers, number):
+    lanes, me = np.flatnonzero(_on()), _here.warp
+    word_of = lambda pointer, lane: pointer.memory[lane].bytes[pointer.at[lane] :][:8].view(np.int32)  # noqa: E731
+    there = lambda: all(word_of(p, lane)[1] == number[lane] for p in pointers for lane in lanes)  # noqa: E731
+    if (me.block, me.index) == (0, 0):  # reads as late as can be: only when nobody else can go on
+        others = [warp for warp in me.grid.warps if warp is not me]
+        stuck = lambda: all(o.done or (o.waiting is not None and not o.waiting()) for o in others)  # noqa: E731
+        me.wait(lambda: there() and stuck() and not me.grid.copies, "pushed, late")
+    me.wait(there, ("pushed", number[lanes[:1]]))
+    found = [np.zeros(LANES, np.int32) for _ in pointers]
+    for lane in lanes:
+        for values, pointer in zip(found, pointers, strict=True):
+            values[lane] = word_of(pointer, lane)[0]
+    return found

@@ -18,42 +18,12 @@ from tests.pallas_kernels import test_decode_step as one_card
 K = one_card.K
 
 
-def push(pointer, value, number):
-    """Lands late, as copies do; a word that is still on its way must not be written again."""
-    copies = emulator._here.warp.grid.copies
-    for lane in np.flatnonzero(emulator._on()):
-        memory, at = pointer.memory[lane], int(pointer.at[lane])
-        assert at % 8 == 0 and 0 <= at <= len(memory.bytes) - 8, "a push misaligned or outside its memory"
-        assert not any(target is memory and place == at for target, place, _, _ in copies), "two pushes on their way"
-        word = np.array([np.float32(value[lane]).view(np.int32), number[lane]], np.int32)
-        copies.append((memory, at, word.view(np.uint8), None))
-
-
-def await_pushed(pointer, number):
-    """Waits until a warp's words hold the number."""
-    lanes = np.flatnonzero(emulator._on())
-    words = lambda lane: pointer.memory[lane].bytes[pointer.at[lane] :][:8].view(np.int32)  # noqa: E731
-    there = lambda: all(words(lane)[1] == number[lane] for lane in lanes)  # noqa: E731
-    me = emulator._here.warp
-    if (me.block, me.index) == (0, 0):  # reads as late as can be: only when nobody else can go on
-        others = [warp for warp in me.grid.warps if warp is not me]
-        stuck = lambda: all(o.done or (o.waiting is not None and not o.waiting()) for o in others)  # noqa: E731
-        me.wait(lambda: there() and stuck() and not me.grid.copies, "pushed, late")
-    me.wait(there, ("pushed", int(number[lanes[0]])))
-    found = np.zeros(emulator.LANES, np.float32)
-    for lane in lanes:
-        found[lane] = words(lane)[:1].view(np.float32)[0]
-    return found
-
-
 @pytest.fixture
 def on_the_emulator(monkeypatch):
     for module in (*one_card.MODULES, cards):
         monkeypatch.setattr(module, "w", emulator)
         if hasattr(module, "d"):
             monkeypatch.setattr(module, "d", emulator)
-    monkeypatch.setattr(emulator, "push", push, raising=False)
-    monkeypatch.setattr(emulator, "await_pushed", await_pushed, raising=False)
 
 
 def share(case, card, count):
