@@ -1,5 +1,6 @@
 """Sums of few rows over a mesh in a launch of each device's own: where a model takes them, and where NCCL's stay."""
 
+import functools
 import logging
 import os
 import re
@@ -12,16 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import card_sums
 from pallas_kernels.card_sums import exchange
 from pallas_kernels.chip import compiling_for
-from qwen_jax import parallel_linear, peers
+from pallas_kernels.decode_step import MULTIPROCESSORS
+from qwen_jax import QwenForCausalLM, parallel_linear, peers
 from qwen_jax.bench import device_weights
+from qwen_jax.linear import RMSNorm
 from qwen_jax.sharded_programs import ShardedPrograms
 from qwen_jax.sharding import Placement
 from tests.qwen_jax.test_fused_decode_mesh import H100, STORAGE, config, mesh_of
+from tests.qwen_jax.test_golden import FOLDER, GOLDEN, decode_logits, golden
+from tests.qwen_jax.test_sharding import QWEN1
 
 NAMES = ("data", "model")
 
@@ -48,6 +55,29 @@ def test_layers_without_all_reduces(names, shape):
     mesh = mesh_of(names, shape, jax.devices()[: np.prod(shape)])
     found = reductions(mesh, 32 * mesh.shape["data"])
     assert found == (1, 2), "the embedding's all-reduce, and two sums in the one function of all layers"
+
+
+def test_a_checkpoints_model_computes_the_same_with_them(monkeypatch):
+    """The launch replaced by its definition, for it cannot run here: all else is what a GPU runs."""
+    path, mesh = GOLDEN / QWEN1 / FOLDER["gptq"], mesh_of(NAMES, (2, 2), jax.devices()[:4])
+    ids, tokens = golden(QWEN1)["ids"], golden(QWEN1)["gptq_greedy"][:, :2]
+    loaded = functools.partial(QwenForCausalLM.from_pretrained, path, dtype="bfloat16", mesh=mesh, one_launch=False)
+    want, calls = decode_logits(loaded(), ids, tokens), []
+
+    def add_sum(share_MD, hidden_MD, addresses, *, chip):
+        calls.append((share_MD.shape, addresses.shape, chip))
+        return hidden_MD + lax.psum(share_MD, "model")
+
+    def add_sum_norm(share_MD, hidden_MD, scale_LD, layer, addresses, *, epsilon, chip):
+        hidden_MD = add_sum(share_MD, hidden_MD, addresses, chip=chip)
+        return hidden_MD, RMSNorm(scale_LD, epsilon)(hidden_MD, layer)
+
+    monkeypatch.setitem(MULTIPROCESSORS, "cpu", 1)
+    monkeypatch.setattr(card_sums, "add_sum", add_sum)
+    monkeypatch.setattr(card_sums, "add_sum_norm", add_sum_norm)
+    found = decode_logits(loaded(), ids, tokens)
+    np.testing.assert_array_equal(found, want)
+    assert set(calls) == {((rows, 128), (1, 8), "cpu") for rows in (1, 24)}
 
 
 def test_many_rows_and_other_chips_keep_all_reduces():
