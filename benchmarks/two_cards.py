@@ -7,7 +7,7 @@ of a decode step is "each" (a kernel at a time), "nccl" (the same, but sums over
 own), "one" (all layers in one launch), or "alone": one launch without its sums over the cards, to tell their time. All
 programs compile in threads before anything is timed. The work is done by a process of its own, which is killed when it
 says nothing for too long (a collective that hangs): rows are printed and written as they are measured, so that the
-others are kept.
+others are kept. With `--processes 2` each card belongs to a process of its own.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from qwen_jax.sampling import SamplingConfig, device_sampler
 from qwen_jax.sharding import MODEL, parse_mesh
 
 STEPS, CHUNKS, ROUNDS = 16, 3, 3
+COORDINATOR = "localhost:8476"
 ROWS = """
 qwen-72b 4 decode 1 1x2 one
 qwen-72b 4 decode 1 1x1 one
@@ -243,9 +244,13 @@ def _time(row: dict) -> float | None:
     return row.get("step_ms", row.get("milliseconds"))
 
 
-def watch(command: list[str], silence: float, limit: float) -> int:
-    """Runs a command and prints its lines; ends it after `limit` seconds, or `silence` without a line."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def watch(command: list[str], silence: float, limit: float, processes: int) -> int:
+    """Runs a command and prints its lines; ends it after `limit` seconds, or `silence` without a line.
+
+    Of several processes, which get `--process I`, the first one's lines.
+    """
+    others = [subprocess.Popen([*command, "--process", str(n)], stdout=subprocess.DEVNULL) for n in range(1, processes)]
+    process = subprocess.Popen([*command, "--process", "0"], stdout=subprocess.PIPE, text=True)
     lines: queue.Queue = queue.Queue()
 
     def read():
@@ -259,8 +264,9 @@ def watch(command: list[str], silence: float, limit: float) -> int:
         try:
             line = lines.get(timeout=max(min(silence, until - time.monotonic()), 0))
         except queue.Empty:
-            process.kill()
-            process.wait()
+            for each in (process, *others):
+                each.kill()
+                each.wait()
             print(f"killed: silent for {silence:.0f} s, or not over after {limit:.0f} s", flush=True)
             return 1
         if line is None:
@@ -280,21 +286,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--limit", type=float, default=240, help="seconds after which all is ended")
     parser.add_argument("--silence", type=float, default=120, help="seconds without a row after which all is ended")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=1, help="that own the cards")
+    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not arguments.worker:
-        code = watch([sys.executable, *sys.argv, "--worker"], arguments.silence, arguments.limit)
+    if arguments.process is None:
+        code = watch([sys.executable, *sys.argv], arguments.silence, arguments.limit, arguments.processes)
         if arguments.output and arguments.output.exists():
             print(table(json.loads(arguments.output.read_text())["rows"]), flush=True)
         sys.exit(code)
+    if arguments.processes > 1:
+        jax.distributed.initialize(COORDINATOR, arguments.processes, arguments.process, [arguments.process])
     began = time.perf_counter()
     lines = [line.split() for line in (arguments.rows.read_text() if arguments.rows else ROWS).split("\n") if line]
     meshes = {"1x1": None} | {name: parse_mesh(name) for name in {line[4] for line in lines} - {"1x1"}}
     keys = list(dict.fromkeys((line[0], int(line[1]), line[4], line[5]) for line in lines))
     models = {key: Model(key[0], key[1], meshes[key[2]], key[3], arguments.pieces) for key in keys}
     works = []
-    facts = {"environment": environment() | {"command": " ".join(["python", *sys.argv[:-1]])}, "rows": []}
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    facts = {"environment": environment() | {"command": " ".join(["python", *sys.argv[:-2]])}, "rows": []}
+    # Several processes compile in one order: XLA tunes their programs together.
+    with concurrent.futures.ThreadPoolExecutor(16 if arguments.processes == 1 else 1) as pool:
         makers = {key[:3]: model.maker for key, model in models.items()}
         makers = {key: pool.submit(maker) for key, maker in makers.items()}
 
@@ -326,7 +336,7 @@ def main() -> None:
             row["at_second"] = round(time.perf_counter() - began)
             facts["rows"].append(row)
             print(json.dumps(row), flush=True)
-            if arguments.output:
+            if arguments.output and arguments.process == 0:
                 arguments.output.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -98,8 +98,8 @@ def shared_bytes(shape: TileShape, stages: int) -> int:
     stage = 2 * shape.tokens * shape.head_dim * shape.itemsize
     stage += 2 * shape.head_dim * _aligned(shape.share, 2 * shape.head_dim) + 8 * shape.tokens * shape.quantized
     stage += 2 * 4 * _aligned(shape.head_dim // 2, 4) * (shape.bias_dtype is not None)
-    turned = 4 * shape.share * shape.head_dim * (shape.bias_dtype is not None)
-    return stages * stage + turned + 4 * shape.scratch + 1024
+    terms = 4 * shape.share * shape.head_dim * (shape.bias_dtype is not None)
+    return stages * stage + terms + 4 * shape.scratch + 1024
 
 
 def build(
@@ -188,10 +188,9 @@ def build(
             plgpu.barrier_wait(barriers.at[stage])
             start_bias, table = None, shared_table
             if biased:
-                table_slot = slot if table_slots > 1 else zero
                 if table_slots > 1:
                     table = arithmetic.table(*bias[1:3], slot)
-                start_bias = (bias[0], head, *bias[1:3], table_slot, smem["turned"])
+                start_bias = (bias[0], head, smem["terms"])
             setup, state = arithmetic.start(asked(smem, stage), start_bias)
             valid = lax.clamp(1, lengths[slot], length)
             oldest = zero if window is None else valid - window
@@ -208,7 +207,7 @@ def build(
                 tile_bias = None
                 if biased:
                     tile_bias = (table, turn(smem, "cos", stage), turn(smem, "sin", stage))
-                    tile_bias += (smem["turned"], smem["scratch"])
+                    tile_bias += (smem["terms"], smem["scratch"])
                 state = arithmetic.tile(
                     setup,
                     state,
@@ -262,7 +261,7 @@ def build(
     smem["scratch"] = plgpu.SMEM((shape.scratch,), jnp.float32)
     if biased:
         smem["cos"] = smem["sin"] = plgpu.SMEM((stages, _aligned(K // 2, 4)), jnp.float32)
-        smem["turned"] = plgpu.SMEM((share, K // 2, 2), jnp.float32)
+        smem["terms"] = plgpu.SMEM((share, K // 2, 2), jnp.float32)
     copies = 3 + len(names) + 2 * biased
     slices = plan.workers + items
     return plgpu.kernel(

@@ -6,7 +6,6 @@ the bytes are in mma's order once the queries are laid out to match.
 """
 
 import dataclasses
-import math
 
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -40,6 +39,10 @@ class TileShape:
     scale: float
     bias_dtype: str | None = None
 
+    def __post_init__(self):
+        if self.bias_dtype is not None and self.blocks != 1:
+            raise ValueError(f"blocks: found {self.blocks} with a key bias, expected 1: a warp's table has 16 rows.")
+
     @property
     def tokens(self) -> int:
         """Tokens a tile."""
@@ -52,20 +55,15 @@ class TileShape:
 
     @property
     def setup(self) -> int:
-        """Words a thread keeps of a segment's queries: fragments, two sums, rotations of the warp's first row."""
-        return self.head_dim // 8 + 2 + 2 * self.pairs_a_lane
-
-    @property
-    def pairs_a_lane(self) -> int:
-        """Rotary pairs each lane turns."""
-        return math.ceil(self.head_dim / 64) if self.bias_dtype else 0
+        """Words a thread keeps of a segment's queries: fragments, two sums."""
+        return self.head_dim // 8 + 2
 
     @property
     def scratch(self) -> int:
         """Floats of shared memory for merging warps and for the bias product."""
         merging = 4 * 3 * 8 + 4 * self.share * self.head_dim
         parts = 1 if self.share <= 4 else 2
-        turned = 4 * parts * (self.head_dim // 32) * 32 * 4  # per warp: chunks of 16 pairs, 32 lanes, 4 words
+        turned = parts * (self.head_dim // 32) * 32 * 4  # chunks of 16 pairs, 32 lanes, 4 words
         return max(merging, turned if self.bias_dtype else 0)
 
     @property

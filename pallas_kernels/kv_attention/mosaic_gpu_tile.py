@@ -57,7 +57,7 @@ class FastTile:
     # -- a segment starts ---------------------------------------------------------------------------------------
 
     def table(self, cos, sin, slot):
-        """The bias product's table as mma's A operand: cos and sin of the first 16 positions, in registers.
+        """The bias product's table as mma's A operand: cos and sin of the warp's rows of the first tile, in registers.
 
         Args:
             cos: global memory float32 [slots, S, K/2], as sin.
@@ -82,22 +82,20 @@ class FastTile:
 
         Args:
             query: shared memory [share, K].
-            bias: with a key bias (bias_GK in global memory, head, cos, sin in global memory, table slot, turned: shared
-                memory float32 [share, K] that receives the product's terms); else None.
+            bias: with a key bias (bias_GK in global memory, head, terms: shared memory float32 [share, K/2, 2] that
+                receives the product's terms); else None.
         """
         shape = self.shape
         ref, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-        types = (ref,) if bias is None else (ref, ref, number, ref, ref, number, ref)
+        types = (ref,) if bias is None else (ref, ref, number, ref)
         returns = [bag(shape.setup, jnp.int32), bag(shape.state, jnp.float32)]
 
         @plgpu.inline_mgpu(arg_types=types, return_type=returns)
         def emit(ctx, query, *bias):
             del ctx
             if bias:
-                bias_GK, head, cos, sin, slot, turned = bias
-                length = ir.MemRefType(cos.type).shape[1]
-                pointers = [utils.memref_ptr(ref) for ref in (bias_GK, cos, sin, turned)]
-                bias = (pointers, scalar(head), scalar(slot), length)
+                bias_GK, head, terms = bias
+                bias = (utils.memref_ptr(bias_GK), utils.memref_ptr(terms), scalar(head))
             words, state = self._start(utils.memref_ptr(query), bias)
             return [rebag(words, w.i32_type()), rebag(state, w.f32_type())]
 
@@ -107,16 +105,15 @@ class FastTile:
         shape = self.shape
         thread = Thread.here()
         fragments = self._query_fragments(thread, query)
-        rotation = []
         if bias:
-            rotation = key_bias.terms(shape, thread, query, *bias)
+            key_bias.terms(shape, thread, query, *bias)
             w.warpgroup_barrier()
         ones = [w.i32(0x3C003C00)] * 4
         sums = [w.f32(0.0)] * 4
         if shape.quantized:
             for step in range(shape.head_dim // 16):
                 sums = w.mma(sums, ones, fragments[2 * step : 2 * step + 2], self.half)
-        words = [*fragments, *(w.as_word(x) for x in [*sums[:2], *rotation])]
+        words = [*fragments, *(w.as_word(x) for x in sums[:2])]
         state = [w.f32(0.0)] * (shape.head_dim // 4) + [w.f32(LOWEST)] * 2 + [w.f32(0.0)] * 4
         return words, state
 
@@ -149,7 +146,7 @@ class FastTile:
             scales: shared memory float16 [tokens] of key scales, key minimums, value scales, value minimums; or ().
             low: int32 scalar.
             high: int32 scalar.
-            bias: (table; cos, sin of the tile's first position: shared memory [K/2]; turned; scratch), or None.
+            bias: (table; cos, sin of the tile's first position: shared memory [K/2]; terms; scratch), or None.
         """
         shape = self.shape
         cache = plgpu.RefType(cache_transforms(shape))
@@ -184,7 +181,7 @@ class FastTile:
         first_row = w.imul(thread.warp, 16 * shape.blocks)
         unit = shape.scale * math.log2(math.e)
         if bias:
-            key_bias.turn(shape, thread, sums[2:], bias)
+            key_bias.turn(shape, thread, bias)
 
         logits, rows = [], []
         for block in range(shape.blocks):

@@ -20,34 +20,26 @@ class PortableMerge:
         self.shape = shape
 
     def table(self, cos, sin, slot):
-        return jnp.stack([table[slot, pl.ds(0, 16), :] / cos[slot, 0, 0] for table in (cos, sin)])
+        return jnp.stack([table[slot, pl.ds(0, self.shape.tokens), :] / cos[slot, 0, 0] for table in (cos, sin)])
 
     def start(self, query, bias=None):
         shape = self.shape
         query = query[...].astype(jnp.float32)
-        rotation = jnp.zeros((2, 4, 1), jnp.float32)
         if bias is not None:
-            bias_GK, head, cos, sin, slot, turned = bias
+            bias_GK, head, terms = bias
             q1, q2 = jnp.split(query * shape.scale, 2, axis=-1)
             b1, b2 = jnp.split(bias_GK[head].astype(jnp.float32), 2)
-            turned[...] = jnp.stack([q1 * b1 + q2 * b2, q2 * b1 - q1 * b2], axis=-1)
-            factor = cos[slot, 0, 0]
-            rotation = jnp.stack(
-                [
-                    jnp.stack([table[slot, 16 * shape.blocks * warp, :] / factor for warp in range(4)])
-                    for table in (cos, sin)
-                ]
-            )
+            terms[...] = jnp.stack([q1 * b1 + q2 * b2, q2 * b1 - q1 * b2], axis=-1)
         state = (
             jnp.zeros((shape.share, shape.head_dim), jnp.float32),
             jnp.full((shape.share, 1), -1e30, jnp.float32),
             jnp.zeros((shape.share, 1), jnp.float32),
         )
-        return (query, rotation), state
+        return query, state
 
     def tile(self, setup, state, keys, values, scales, low, high, bias=None):
         shape = self.shape
-        query, rotation = setup
+        query = setup
         acc, top, total = state
         keys, values = keys[...].astype(jnp.float32), values[...].astype(jnp.float32)
         scales = [ref[...].astype(jnp.float32) for ref in scales]
@@ -55,7 +47,7 @@ class PortableMerge:
         if scales:
             logits = logits * scales[0] + query.sum(-1, keepdims=True) * shape.scale * scales[1]
         if bias is not None:
-            logits = logits + self._bias(rotation, bias)
+            logits = logits + self._bias(bias)
         row = jnp.arange(shape.tokens)
         seen = (row >= low) & (row < high)
         logits = jnp.where(seen, logits, -jnp.inf)
@@ -69,16 +61,12 @@ class PortableMerge:
             acc = acc + weight @ jnp.where(seen[:, None], values, 0.0)
         return acc, new_top, total
 
-    def _bias(self, rotation, bias):
-        small, cos, sin, turned, _ = bias
-        logits = []
-        for warp in range(4):
-            c = cos[...] * rotation[0, warp] - sin[...] * rotation[1, warp]
-            s = sin[...] * rotation[0, warp] + cos[...] * rotation[1, warp]
-            with_cos, with_sin = turned[..., 0], turned[..., 1]
-            new_cos, new_sin = with_cos * c + with_sin * s, with_sin * c - with_cos * s
-            logits.append(new_cos @ small[0].T + new_sin @ small[1].T)
-        return jnp.concatenate(logits, axis=-1)
+    @staticmethod
+    def _bias(bias):
+        table, cos, sin, terms, _ = bias
+        with_cos, with_sin, c, s = terms[..., 0], terms[..., 1], cos[...], sin[...]
+        new_cos, new_sin = with_cos * c + with_sin * s, with_sin * c - with_cos * s
+        return new_cos @ table[0].T + new_sin @ table[1].T
 
     def finish(self, state, scratch, out, partial, statistics, *, row, slice_index, complete):
         del scratch

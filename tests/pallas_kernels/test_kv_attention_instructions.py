@@ -73,7 +73,7 @@ def run_blocks(shape, schedule, query, kv, layer, lengths, bias):
         assert all((value == value[0]).all() for value in found)
         begin, end = (int(schedule.first_of(who, jnp.int32(total))) for who in (worker, worker + 1))
         scratch = point(np.full(shape.scratch, np.nan, np.float32))
-        turned = point(np.full((share, K // 2, 2), np.nan, np.float32))
+        terms = point(np.full((share, K // 2, 2), np.nan, np.float32))
         position = begin
         while position < end:
             every = schedule.tiles_of(jnp.asarray(lengths), jnp.arange(schedule.slots))
@@ -90,9 +90,8 @@ def run_blocks(shape, schedule, query, kv, layer, lengths, bias):
             if bias:
                 tables = [point(table) for table in bias[1:]]
                 table_slot = slot if len(bias[1]) > 1 else 0
-                pointers = [point(bias[0]), *tables, turned]
                 words = mosaic_gpu_key_bias.table(shape, *tables, number(table_slot), schedule.length)
-                setup, state = tile._start(asked, (pointers, number(head), number(table_slot), schedule.length))
+                setup, state = tile._start(asked, (point(bias[0]), terms, number(head)))
             else:
                 setup, state = tile._start(asked, None)
             valid = max(1, int(lengths[slot]))
@@ -103,7 +102,7 @@ def run_blocks(shape, schedule, query, kv, layer, lengths, bias):
                 tile_bias = ()
                 if bias:
                     at = [point(table[table_slot, base]) for table in bias[1:]]
-                    tile_bias = [words, *at, turned, scratch]
+                    tile_bias = [words, *at, terms, scratch]
                 state = tile._tile(
                     setup,
                     state,
