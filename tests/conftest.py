@@ -8,6 +8,8 @@ from tests import demo_run
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What the demo makes is shared by all tests: see demo_run.py.
 os.environ.setdefault("QWEN_JAX_CACHE", str(demo_run.folder()))
+# Its threads wait spinning, on cores that the other process of tests has work for. Also in processes that tests start.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network fails instead of waiting
 
 import jax

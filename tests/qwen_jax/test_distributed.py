@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
     "PYTHONUNBUFFERED": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # they compile more than they compute
 }
 
 

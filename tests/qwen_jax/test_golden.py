@@ -42,15 +42,18 @@ def test_every_case_is_there():
     assert len(CASES) == 6
 
 
-def quick(case: str, kind: str):
-    """Every packed model, and of the float ones, whose files are alike, one of each family."""
+def rare(case: str) -> list:
+    """Marks: slow, but for one case of each family."""
     family = case.split("-")[0]
     first = next(other for other in reversed(CASES) if other.startswith(family))
-    slow = kind == "float" and case != first
-    return pytest.param(case, kind, marks=[pytest.mark.slow] if slow else [])
+    return [] if case == first else [pytest.mark.slow]
 
 
-@pytest.mark.parametrize("case, kind", [quick(case, kind) for kind in FOLDER for case in CASES])
+# Every packed model, and of the float ones, whose files are alike, one of each family.
+@pytest.mark.parametrize(
+    "case, kind",
+    [pytest.param(case, kind, marks=rare(case) if kind == "float" else []) for kind in FOLDER for case in CASES],
+)
 def test_logits_and_greedy_tokens(case, kind):
     want, model = golden(case), load(case, kind)
     ids = want["ids"]
@@ -83,8 +86,15 @@ def test_8_bit_cache_is_closer_than_upstreams(case):
     assert 0 < ours < upstream
 
 
-@pytest.mark.parametrize("side, quantized_cache", [("left", False), ("left", True), ("right", False)])
-@pytest.mark.parametrize("case", CASES)
+# An 8-bit cache knows nothing of how weights are packed: one of each family.
+@pytest.mark.parametrize(
+    "case, side, quantized_cache",
+    [
+        pytest.param(case, side, quantized_cache, marks=rare(case) if quantized_cache else [])
+        for case in CASES
+        for side, quantized_cache in (("left", False), ("left", True), ("right", False))
+    ],
+)
 def test_padding_changes_nothing(case, side, quantized_cache):
     model, ids = load(case, "gptq", use_cache_quantization=quantized_cache), golden(case)["ids"]
     T = ids.shape[1]

@@ -54,8 +54,8 @@ def test_matmul(chip, name, matrix, rows, bits):
     ("chip", "name", "kv_bits"),
     [
         pytest.param("v5e", "qwen-7b", 8, marks=pytest.mark.slow),
-        ("v5p", "qwen2.5-7b", 8),
-        ("v6e", "qwen3-8b", 16),
+        pytest.param("v5p", "qwen2.5-7b", 8, marks=pytest.mark.slow),
+        ("v6e", "qwen3-8b", 16),  # 8 bits: in the whole program of `test_72b_on_eight_chips`
     ],
 )
 def test_append_and_attention(chip, name, kv_bits):
