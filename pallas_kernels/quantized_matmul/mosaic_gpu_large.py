@@ -184,7 +184,7 @@ def _body(problem: Problem, inputs, out_gmem, scratch, portable: bool):
 
 
 def _consume(problem: Problem, scratch, warpgroup, count, wait, release):
-    """[64, rows] float32: this warpgroup's columns of the block's stages.
+    """[64, rows] float32: this warpgroup's columns of the block's chunks.
 
     A chunk is multiplied in two pieces: while tensor cores multiply one, this warpgroup makes the next one's operand.
     """
