@@ -13,13 +13,16 @@ import pytest
 from pallas_kernels import kv_attention
 from pallas_kernels.chip import compiling_for
 from qwen_jax import QwenForCausalLM, fused_append
+from qwen_jax.bench import device_weights
 from qwen_jax.generation import _decode
 from qwen_jax.kv_cache import CacheState
 from qwen_jax.linear import FusedLinear, Projection
 from qwen_jax.model import Step
 from qwen_jax.rotary import rotary
+from qwen_jax.sharded_programs import ShardedPrograms
 from tests.pallas_kernels import rotate_append_emulated as emulated
 from tests.qwen_jax.test_fused_decode import H100, build
+from tests.qwen_jax.test_fused_decode_mesh import STORAGE, config, mesh_of
 from tests.qwen_jax.test_golden import CASES, FOLDER, GOLDEN, golden
 
 
@@ -50,7 +53,7 @@ def emulate(*arguments, kernels, **options):
 def test_the_same_bits_as_the_models_steps(monkeypatch, base, changes, quantized):
     """Heads of integers: sums of their squares are exact. Step by step, for compilers join products and sums."""
     decoder = build(base, **changes)
-    attention, config = decoder.blocks[0].attention, decoder.config
+    attention, facts = decoder.blocks[0].attention, decoder.config
     H, G, K = attention.heads, attention.kv_heads, attention.head_dim
     random, B, S = np.random.default_rng(H), 3, 16
     if attention.query_norm is not None:
@@ -59,11 +62,11 @@ def test_the_same_bits_as_the_models_steps(monkeypatch, base, changes, quantized
     qkv = jnp.asarray(random.integers(-100, 120, (B, 1, (H + 2 * G) * K)) / 16, jnp.bfloat16)
     attention.qkv = FusedLinear([Given(qkv)], [(H * K, G * K, G * K)])
     start = jnp.asarray([0, 5, S - 1], jnp.int32)
-    step = Step(rotary(config, start[:, None]), start, start + 1, decode=True)
-    assert (step.rotary.logn_BT is not None) == config.use_logn_attention
-    assert (attention.key_bias is not None) == config.attention_bias
-    empty = CacheState.empty(dataclasses.replace(config, num_layers=3), B, S, "bfloat16", quantized).kv
-    hidden = jnp.zeros((B, 1, config.hidden_size), jnp.bfloat16)
+    step = Step(rotary(facts, start[:, None]), start, start + 1, decode=True)
+    assert (step.rotary.logn_BT is not None) == facts.use_logn_attention
+    assert (attention.key_bias is not None) == facts.attention_bias
+    empty = CacheState.empty(dataclasses.replace(facts, num_layers=3), B, S, "bfloat16", quantized).kv
+    hidden = jnp.zeros((B, 1, facts.hidden_size), jnp.bfloat16)
     monkeypatch.setattr(kv_attention, "rotate_append", emulate)
     query, _, _, kv = attention._turned(hidden, step, empty, jnp.int32(1), jnp.int32(2))
     found = fused_append.run(attention, hidden, step, empty, jnp.int32(1), jnp.int32(2))
@@ -131,6 +134,18 @@ def test_nothing_of_xlas_between_the_projection_and_attention(base, quantized):
     counts = {name: len(re.findall(rf"stablehlo\.{name}\b", layer)) for name in ("concatenate", "slice", "sqrt")}
     assert counts == dict(concatenate=0, slice=2, sqrt=2)  # gate and up; the layer's own norms
     assert layer.count("rotate_append_mosaic_gpu") == layer.count("decode_attention_mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("shape, found", [((1, 2), 1), ((1, 2, 2), 0)])
+def test_a_device_of_a_mesh_takes_it_for_its_heads_unless_caches_are_split(shape, found):
+    mesh = mesh_of(("data", "model", "sequence")[: len(shape)], shape, jax.devices()[: np.prod(shape)])
+    with compiling_for(H100):
+        decoder = device_weights.shapes(config(intermediate_size=1024), STORAGE, mesh, unroll=True, one_launch=False)
+        programs = ShardedPrograms(decoder, mesh)
+        cache, token = programs.empty_cache(16, 128, "bfloat16", True), programs._rows(np.zeros(16, np.int32))
+        traced = programs._decode.trace(programs._leaves, token, cache=cache, active_length=128)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("rotate_append_mosaic_gpu") == found and text.count("append_mosaic_gpu") == 1
 
 
 def test_what_keeps_several_steps_is_said_once(caplog):
