@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels.decode_step import Tables
 from pallas_kernels.kv_attention import KVArrays, attend_prefill, attend_segments
-from qwen_jax import fused_decode
+from qwen_jax import fused_append, fused_decode
 from qwen_jax.config import ModelConfig
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm, at_layer
 from qwen_jax.rotary import Rotary, rotate
@@ -97,31 +97,16 @@ class Attention(nnx.Module):
     def __call__(self, hidden_BTD, step: Step, kv: KVArrays | None, layer, cache_layer):
         """Attends, writes the new tokens to `kv` (None: no cache), returns (what `output` reads [B, T, H · K], kv)."""
         B, T, _ = hidden_BTD.shape
-        query, key, value = self.qkv(hidden_BTD, layer)
-        query_BTHK = query.reshape(B, T, self.heads, self.head_dim)
-        key_BTGK = key.reshape(B, T, self.kv_heads, self.head_dim)
-        value_BTGK = value.reshape(B, T, self.kv_heads, self.head_dim)
-        if self.query_norm is not None and self.key_norm is not None:
-            query_BTHK = self.query_norm(query_BTHK, layer)
-            key_BTGK = self.key_norm(key_BTGK, layer)
-        turn = functools.partial(rotate, tables=step.rotary, exact=self.kernels == "exact")
-        query_BTHK = turn(query_BTHK)
-        if step.rotary.logn_BT is not None:
-            query_BTHK = query_BTHK * step.rotary.logn_BT[:, :, None, None].astype(query_BTHK.dtype)
-
-        bias_GK = stacked_bias = None
-        if self.key_bias is not None:
-            stacked_bias = self.key_bias.reshape(-1, self.kv_heads, self.head_dim)
-            bias_GK = at_layer(stacked_bias, layer)
-        biased_BTGK = key_BTGK if bias_GK is None else key_BTGK + bias_GK.astype(key_BTGK.dtype)
-        biased_BTGK = turn(biased_BTGK)
+        biased_BTGK = value_BTGK = None
+        if step.decode and fused_append.takes(self, hidden_BTD, kv):
+            query_BHK, kv = fused_append.run(self, hidden_BTD, step, kv, layer, cache_layer)
+            query_BTHK = query_BHK[:, None]
+        else:
+            query_BTHK, biased_BTGK, value_BTGK, kv = self._turned(hidden_BTD, step, kv, layer, cache_layer)
         scale = self.head_dim**-0.5
-        if kv is not None:
-            stored_BTGK = turn(key_BTGK) if kv.quantized and bias_GK is not None else biased_BTGK
-            write = functools.partial(append, axis=self.cache_axis, heads=self.heads, kernels=self.kernels)
-            kv = write(kv, cache_layer, stored_BTGK, value_BTGK, step.start_B)
         if step.decode:
             assert kv is not None
+            stacked_bias = self._stacked_bias
             attended_BTHK = attend_decode(
                 query_BTHK[:, 0],
                 kv,
@@ -156,6 +141,35 @@ class Attention(nnx.Module):
                 kernels=self.kernels,
             )
         return attended_BTHK.reshape(B, T, self.heads * self.head_dim), kv
+
+    def _turned(self, hidden_BTD, step: Step, kv: KVArrays | None, layer, cache_layer):
+        """(queries [B, T, H, K], keys with their bias, values [B, T, G, K], kv with the new tokens)."""
+        B, T, _ = hidden_BTD.shape
+        query, key, value = self.qkv(hidden_BTD, layer)
+        query_BTHK = query.reshape(B, T, self.heads, self.head_dim)
+        key_BTGK = key.reshape(B, T, self.kv_heads, self.head_dim)
+        value_BTGK = value.reshape(B, T, self.kv_heads, self.head_dim)
+        if self.query_norm is not None and self.key_norm is not None:
+            query_BTHK = self.query_norm(query_BTHK, layer)
+            key_BTGK = self.key_norm(key_BTGK, layer)
+        turn = functools.partial(rotate, tables=step.rotary, exact=self.kernels == "exact")
+        query_BTHK = turn(query_BTHK)
+        if step.rotary.logn_BT is not None:
+            query_BTHK = query_BTHK * step.rotary.logn_BT[:, :, None, None].astype(query_BTHK.dtype)
+
+        stacked_bias = self._stacked_bias
+        bias_GK = None if stacked_bias is None else at_layer(stacked_bias, layer)
+        biased_BTGK = key_BTGK if bias_GK is None else key_BTGK + bias_GK.astype(key_BTGK.dtype)
+        biased_BTGK = turn(biased_BTGK)
+        if kv is not None:
+            stored_BTGK = turn(key_BTGK) if kv.quantized and bias_GK is not None else biased_BTGK
+            write = functools.partial(append, axis=self.cache_axis, heads=self.heads, kernels=self.kernels)
+            kv = write(kv, cache_layer, stored_BTGK, value_BTGK, step.start_B)
+        return query_BTHK, biased_BTGK, value_BTGK, kv
+
+    @property
+    def _stacked_bias(self):
+        return None if self.key_bias is None else self.key_bias.reshape(-1, self.kv_heads, self.head_dim)
 
 
 class MLP(nnx.Module):

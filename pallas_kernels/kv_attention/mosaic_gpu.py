@@ -1,4 +1,6 @@
-"""Attention over the cache on Hopper GPUs: where it runs. The kernels: `mosaic_gpu_decode`, `mosaic_gpu_append`.
+"""Attention over the cache on Hopper GPUs: where it runs.
+
+The kernels: `mosaic_gpu_decode`, `mosaic_gpu_append`, `mosaic_gpu_rotate_append`.
 
 Mosaic GPU takes 0.6 s to import, so these functions import it when a GPU asks for them.
 """
@@ -7,10 +9,15 @@ TAKES_STACKED_BIAS = True
 CHIPS = ("H100", "H200", "H800", "H20", "GH200")  # tensor memory access and 227 KB of shared memory a block
 
 
+def is_hopper(chip: str) -> bool:
+    """Whether a `device_kind` is of the GPUs that these kernels are written for."""
+    return any(name in chip.split() for name in CHIPS)
+
+
 def unsupported(shape, chip: str) -> str | None:
     """None, or one sentence why this kernel cannot run an `op.AttentionShape` on a chip."""
     share = shape.heads // shape.kv_heads
-    if not any(name in chip.split() for name in CHIPS):
+    if not is_hopper(chip):
         return f"it is written for Hopper GPUs ({', '.join(CHIPS)}), not for {chip}"
     if shape.dtype not in ("bfloat16", "float16"):
         return f"its queries are bfloat16 or float16, not {shape.dtype}"
@@ -38,6 +45,13 @@ def append(kv, layer, key_BTGK, value_BTGK, start_B, share: bool = False):
     from pallas_kernels.kv_attention import mosaic_gpu_append
 
     return mosaic_gpu_append.append(kv, layer, key_BTGK, value_BTGK, start_B)
+
+
+def rotate_append(qkv_BX, kv, layer, start_B, **options):
+    """See `op.rotate_append`."""
+    from pallas_kernels.kv_attention import mosaic_gpu_rotate_append
+
+    return mosaic_gpu_rotate_append.rotate_append(qkv_BX, kv, layer, start_B, **options)
 
 
 def attend_decode(query_BHK, kv, layer, lengths_B, **options):

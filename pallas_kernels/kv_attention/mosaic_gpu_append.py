@@ -1,11 +1,12 @@
-"""Writes new tokens into the cache in place: key bias, rotary, rounding to 8 bits and the scatter, in one launch.
+"""Writes new tokens into the cache in place: rounding to 8 bits and the scatter, in one launch.
 
-A warp takes one token of one key/value head, key and value together; a lane holds whole rotary pairs, so that turning
-them moves nothing between lanes.
+A warp takes one token of one key/value head, key and value together. A decode step's single token a slot is turned and
+written by `mosaic_gpu_rotate_append`, which shares how a warp holds a head.
 """
 
 import dataclasses
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pallas_kernels.kv_attention import warp as w
 from pallas_kernels.kv_attention.tensor import KVArrays
 
 WARPS = 4
+HALVES = {"bfloat16": "bf16", "float16": "f16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +30,12 @@ class AppendShape:
         tokens: T, new tokens a slot.
         dtype: of the new keys and values, and of a 16-bit cache.
         quantized: 8-bit cache.
-        rotary: 0, or the leading size of the rotary tables (1 or B).
-        bias_dtype: of the key bias, or None.
     """
 
     cache: tuple[int, int, int, int, int]
     tokens: int
     dtype: str
     quantized: bool
-    rotary: int
-    bias_dtype: str | None
 
     @property
     def rows(self) -> int:
@@ -51,9 +49,9 @@ class FastAppend:
     def __init__(self, shape: AppendShape):
         self.shape = shape
 
-    def rows(self, block, layer, key, value, start, rotary, bias, cache):
+    def rows(self, block, layer, key, value, start, cache):
         """Rows 4·block … 4·block + 3. `cache`: keys, values and, for 8 bits, the four arrays of scales and minimums."""
-        refs = [key, value, start, *rotary, *bias, *cache]
+        refs = [key, value, start, *cache]
 
         @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,) * 2 + (plgpu.RefType(),) * len(refs))
         def emit(ctx, block, layer, *refs):
@@ -64,61 +62,102 @@ class FastAppend:
         emit(block, layer, *refs)
 
 
+class Lane(NamedTuple):
+    """The channels of a head that a lane holds: whole rotary pairs, so that turning them moves nothing between lanes.
+
+    Attributes:
+        head_dim: K.
+        count: pairs a lane; it divides K/2, a multiple of 16.
+        first: its first pair; lanes past the end hold the last pairs again.
+        again: whether it is such a lane; None where no lane is.
+    """
+
+    head_dim: int
+    count: int
+    first: Any
+    again: Any
+
+    @classmethod
+    def of(cls, head_dim: int, lane):
+        """What lane 0 … 31 holds."""
+        pairs = head_dim // 2
+        count = 2 ** math.ceil(math.log2(max(pairs / 32, 1)))
+        wanted = w.imul(lane, count)
+        again = None if 32 * count == pairs else w.less(pairs - count, wanted)
+        return cls(head_dim, count, w.imin(wanted, pairs - count), again)
+
+    @property
+    def channels(self):
+        """First all first channels of the pairs, then all second ones; as every list of this head's numbers."""
+        pairs = self.head_dim // 2
+        return [w.iadd(self.first, part * pairs + index) for part in range(2) for index in range(self.count)]
+
+    def load(self, pointer, start, dtype: str):
+        """Its numbers, as floats, of the K elements that begin at a multiple of K."""
+        base = w.element(pointer, start, 4 if dtype == "float32" else 2)
+        return [x for part in range(2) for x in self._load(base, w.iadd(self.first, part * self.head_dim // 2), dtype)]
+
+    def load_pairs(self, pointer, start):
+        """One float32 for each of its pairs, of the K/2 that begin at a multiple of K/2."""
+        return self._load(w.element(pointer, start, 4), self.first, "float32")
+
+    def _load(self, base, channel, dtype: str):
+        if dtype == "float32":
+            return w.load_floats(base, w.imul(channel, 4), self.count)
+        if self.count == 1:
+            return [w.load_float_of(base, w.imul(channel, 2), dtype)]
+        words = w.load_words(base, w.imul(channel, 2), self.count // 2)
+        return [x for word in words for x in w.unpack(word, HALVES[dtype])]
+
+    def store(self, pointer, start, row, dtype: str):
+        """Its numbers, rounded to 16 bits, into the K elements that begin at a multiple of K."""
+        base = w.element(pointer, start, 2)
+        for part in range(2):
+            channel, half = w.iadd(self.first, part * self.head_dim // 2), row[part * self.count :][: self.count]
+            if self.count == 1:
+                w.store_float_as(base, w.imul(channel, 2), half[0], dtype)
+                continue
+            words = [w.pack(a, b, HALVES[dtype]) for a, b in zip(half[::2], half[1::2], strict=True)]
+            w.store_words(base, w.imul(channel, 2), words)
+
+    def store_row(self, arrays, place, row, dtype: str):
+        """A head's row of the cache: `arrays` its keys or values and, for 8 bits, their scales and minimums."""
+        array, *facts = arrays
+        base = w.element(array, place, self.head_dim * (1 if facts else 2))
+        if not facts:
+            self.store(base, w.i32(0), row, dtype)
+            return
+        units, *numbers = round_row(row)
+        for channel, unit in zip(self.channels, units, strict=True):
+            w.store_byte(base, channel, unit)
+        for fact, number in zip(facts, numbers, strict=True):
+            w.store_float_as(w.element(fact, place, 2), 0, number, "float16")
+
+
+def place_of(cache: tuple[int, int, int, int, int], layer, slot, head, position):
+    """(index of a token's row among those of the cache, whether the slot has that position)."""
+    _, B, G, S, _ = cache
+    place = w.iadd(w.imul(w.iadd(w.imul(w.iadd(w.imul(layer, B), slot), G), head), S), position)
+    return place, w.both(w.less(-1, position), w.less(position, S))
+
+
 def _rows(shape: AppendShape, block, layer, pointers):
-    _, B, G, S, K = shape.cache
-    key, value, start, *rest = pointers
-    rotary, rest = (rest[:2], rest[2:]) if shape.rotary else ((), rest)
-    bias, cache = (rest[:1], rest[1:]) if shape.bias_dtype else ((), rest)
+    G, K = shape.cache[2], shape.cache[4]
+    key, value, start, keys, values, *facts = pointers
     thread = w.thread_index()
-    lane = w.irem(thread, 32)
     wanted = w.iadd(w.imul(block, WARPS), w.idiv(thread, 32))
     row = w.imin(wanted, shape.rows - 1)  # the last block's idle warps do the last row again
     head, token, slot = w.irem(row, G), w.irem(w.idiv(row, G), shape.tokens), w.idiv(row, G * shape.tokens)
     position = w.iadd(w.load_words(start, w.imul(slot, 4), 1)[0], token)
-
-    pairs = K // 2
-    mine = 2 ** math.ceil(math.log2(max(pairs / 32, 1)))  # pairs a lane; it divides K/2, a multiple of 16
-    first = w.imin(w.imul(lane, mine), pairs - mine)  # lanes past the end do the last pairs again
-    channels = [w.iadd(first, part * pairs + index) for part in range(2) for index in range(mine)]
-    base = w.imul(row, K)
-    x = [w.load_float_of(_at(key, w.iadd(base, channel), 2), 0, shape.dtype) for channel in channels]
-    y = [w.load_float_of(_at(value, w.iadd(base, channel), 2), 0, shape.dtype) for channel in channels]
-    if bias:
-        width = 4 if shape.bias_dtype == "float32" else 2
-        base = w.imul(head, K)
-        for index, channel in enumerate(channels):
-            x[index] = w.add(x[index], w.load_float_of(bias[0], w.imul(w.iadd(base, channel), width), shape.bias_dtype))
-    if rotary:
-        table = token if shape.rotary == 1 else w.iadd(w.imul(slot, shape.tokens), token)
-        base = w.imul(table, pairs)
-        cos, sin = ([w.load_floats(_at(ref, w.iadd(base, c), 4), 0)[0] for c in channels[:mine]] for ref in rotary)
-        low, high = x[:mine], x[mine:]
-        x = [w.sub(w.mul(a, c), w.mul(b, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
-        x += [w.fma(b, c, w.mul(a, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
-
-    target = w.iadd(w.imul(w.iadd(w.imul(w.iadd(w.imul(layer, B), slot), G), head), S), position)  # [L, B, G, S]
-    fits = w.both(w.less(-1, position), w.less(position, S))
-    stored = [round_row(row) for row in (x, y)] if shape.quantized else None
+    mine = Lane.of(K, w.irem(thread, 32))
+    x, y = (mine.load(pointer, w.imul(row, K), shape.dtype) for pointer in (key, value))
+    place, fits = place_of(shape.cache, layer, slot, head, position)
 
     def write():
-        for which, (row, array) in enumerate(zip((x, y), cache[:2], strict=True)):
-            where = _at(array, target, K if shape.quantized else 2 * K)
-            for index, channel in enumerate(channels):
-                if not stored:
-                    w.store_float_as(where, w.imul(channel, 2), row[index], shape.dtype)
-                    continue
-                w.store_byte(where, channel, stored[which][0][index])
-        if stored:
-            for which in range(2):
-                for kind in range(2):
-                    w.store_float_as(_at(cache[2 + 2 * which + kind], target, 2), 0, stored[which][1 + kind], "float16")
+        mine.store_row([keys, *facts[:2]], place, x, shape.dtype)
+        mine.store_row([values, *facts[2:]], place, y, shape.dtype)
 
     w.when(fits, write)
-
-
-def _at(pointer, index, size: int):
-    """Address of an element by its index; 64-bit, for a cache may pass 2 GB."""
-    return w.element(pointer, index, size)
 
 
 def round_row(row):
@@ -136,11 +175,11 @@ def round_row(row):
 
 
 def build(shape: AppendShape, arithmetic=None, interpret=None):
-    """The kernel: f(layer [1], key [B, T, G, K], value, start [B], rotary, bias, cache refs), writing the refs."""
+    """The kernel: f(layer [1], key [B, T, G, K], value, start [B], cache refs), writing the refs."""
     arithmetic = arithmetic or FastAppend(shape)
 
-    def body(layer, key, value, start, rotary, bias, *cache):
-        arithmetic.rows(lax.axis_index("block"), layer[0], key, value, start, rotary, bias, cache)
+    def body(layer, key, value, start, *cache):
+        arithmetic.rows(lax.axis_index("block"), layer[0], key, value, start, cache)
 
     return plgpu.kernel(
         body,
@@ -153,48 +192,26 @@ def build(shape: AppendShape, arithmetic=None, interpret=None):
     )
 
 
-def append(
-    kv: KVArrays,
-    layer,
-    key_BTGK,
-    value_BTGK,
-    start_B,
-    *,
-    key_rotary=None,
-    key_bias_GK=None,
-    arithmetic=None,
-    interpret=None,
-) -> KVArrays:
+def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B, *, arithmetic=None, interpret=None) -> KVArrays:
     """Writes T new tokens of one layer at positions start..start + T − 1 of each slot; positions past S are dropped.
 
     Args:
         kv: the cache, [L, B, G, S, K]; updated in place where its buffers are donated.
         layer: index, int or int32 scalar.
-        key_BTGK: keys; already turned unless key_rotary is given; for an 8-bit cache without their bias.
+        key_BTGK: keys, turned; for an 8-bit cache without their bias.
         value_BTGK: values.
         start_B: int32 [B].
-        key_rotary: (cos, sin), float32 [B or 1, T, K/2], of the new tokens' positions: the keys are turned here.
-        key_bias_GK: added to the keys before turning; for a 16-bit cache only.
         arithmetic: for tests under the interpreter.
         interpret: likewise.
     """
-    if kv.quantized and key_bias_GK is not None:
-        raise ValueError("key_bias_GK: an 8-bit cache holds keys without their bias; pass it to attend_decode instead.")
-    T = key_BTGK.shape[1]
-    rotary = () if key_rotary is None else tuple(table.astype(jnp.float32) for table in key_rotary)
-    bias = () if key_bias_GK is None else (key_bias_GK,)
-    shape = AppendShape(
-        kv.keys.shape,
-        T,
-        str(key_BTGK.dtype),
-        kv.quantized,
-        rotary[0].shape[0] if rotary else 0,
-        str(key_bias_GK.dtype) if bias else None,
-    )
+    shape = AppendShape(kv.keys.shape, key_BTGK.shape[1], str(key_BTGK.dtype), kv.quantized)
     refs = jax.tree.map(jax.new_ref, kv)
-    cache = (refs.keys, refs.values)
-    if kv.quantized:
-        cache += (refs.key_scales, refs.key_minimums, refs.value_scales, refs.value_minimums)
     kernel = build(shape, arithmetic, interpret)
-    kernel(jnp.asarray(layer, jnp.int32).reshape(1), key_BTGK, value_BTGK, start_B, rotary, bias, *cache)
+    kernel(jnp.asarray(layer, jnp.int32).reshape(1), key_BTGK, value_BTGK, start_B, *cache_refs(refs).values())
     return jax.tree.map(jax.freeze, refs)
+
+
+def cache_refs(refs: KVArrays) -> dict[str, Any]:
+    """The arrays that a cache has, by name: keys, values and, for 8 bits, scales and minimums, those of keys first."""
+    named = {field.name: getattr(refs, field.name) for field in dataclasses.fields(refs)}
+    return {name: ref for name, ref in named.items() if ref is not None}

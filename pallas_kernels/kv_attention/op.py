@@ -1,7 +1,8 @@
 """Attention over a key/value cache: the public functions, and the choice of a kernel.
 
 A kernel module offers `unsupported(shape, chip)` (None, or one sentence why not) and `attend_decode`, `append`. One
-with TAKES_STACKED_BIAS reads its layer's entry of a stacked key bias itself, which saves a launch.
+with TAKES_STACKED_BIAS reads its layer's entry of a stacked key bias itself, which saves a launch. One with
+`rotate_append` does what lies between the fused projection and attention in one launch.
 """
 
 import dataclasses
@@ -66,10 +67,14 @@ def choose(shape: AttentionShape, chip: str, kernels: str = "auto") -> Choice:
     raise ValueError(f"kernels={kernels!r} cannot run {shape} on {chip}: {refusals[kernels]}")
 
 
-def _kernel(kv: KVArrays, heads: int, dtype, kernels: str, share: bool, window: bool = False):
+def _choice(kv: KVArrays, heads: int, dtype, kernels: str, share: bool = False, window: bool = False) -> Choice:
     _, slots, kv_heads, length, head_dim = kv.keys.shape
     shape = AttentionShape(slots, heads, kv_heads, head_dim, length, kv.quantized, str(dtype), share, window)
-    return KERNELS[choose(shape, default_chip(), kernels).name]
+    return choose(shape, default_chip(), kernels)
+
+
+def _kernel(*arguments):
+    return KERNELS[_choice(*arguments).name]
 
 
 def append(
@@ -91,6 +96,78 @@ def append(
     kernel = _kernel(kv, heads, key_BTGK.dtype, kernels, share)
     options = {"share": True} if share else {}
     return kernel.append(kv, layer, key_BTGK, value_BTGK, start_B, **options)
+
+
+def rotate_append_unsupported(kv: KVArrays, heads: int, dtype, kernels: str = "auto") -> str | None:
+    """None where `rotate_append` runs, or one sentence why it does not; arguments as of `append`, dtype of the keys."""
+    choice = _choice(kv, heads, dtype, kernels)
+    if hasattr(KERNELS[choice.name], "rotate_append"):
+        return None
+    return dict(choice.refusals).get("mosaic_gpu", f"kernels={kernels!r} is asked for")
+
+
+def rotate_append(
+    qkv_BX,
+    kv: KVArrays,
+    layer,
+    start_B,
+    *,
+    heads: int,
+    rotary,
+    logn_B=None,
+    stack_layer=None,
+    query_norm_LK=None,
+    key_norm_LK=None,
+    epsilon: float = 0.0,
+    key_bias_LX=None,
+    kernels: str = "auto",
+):
+    """Norms and turns one new token's queries and key, and writes its key and value into the cache; in one launch.
+
+    Only where `rotate_append_unsupported` says None. Every step is rounded to the dtype of qkv_BX as in
+    `qwen_jax.model.Attention`, which does the same elsewhere.
+
+    Args:
+        qkv_BX: the fused projection's result, bfloat16 or float16 [B, (H + 2G) · K]: queries, keys, values, side by
+            side; keys without their bias.
+        kv: the cache, [L, B, G, S, K]; under jit in place if donated.
+        layer: index, int or traced int32, of the cache.
+        start_B: int32 [B], the new token's position; one outside of the cache is not written.
+        heads: H.
+        rotary: (cos, sin), float32 [B or 1, 1, K/2], of these positions.
+        logn_B: float32 [B], the factor of each row's queries; None for none.
+        stack_layer: index of the arrays below; None where it is `layer`.
+        query_norm_LK: scales of the queries' RMS norm over a head, stacked over layers; None without norms.
+        key_norm_LK: of the keys'.
+        epsilon: of both norms.
+        key_bias_LX: [layers, G · K], added to the normed keys; an 8-bit cache holds keys without it.
+        kernels: as in `choose`.
+
+    Returns:
+        (queries [B, H, K], the cache).
+
+    Raises:
+        ValueError: no kernel takes this, or qkv_BX has another shape.
+    """
+    if (reason := rotate_append_unsupported(kv, heads, qkv_BX.dtype, kernels)) is not None:
+        raise ValueError(f"rotate_append: {reason}; expected the steps one by one (`append` and what is before it).")
+    _, B, G, _, K = kv.keys.shape
+    if qkv_BX.shape != (B, (heads + 2 * G) * K):
+        raise ValueError(f"qkv_BX: shape {qkv_BX.shape}, expected {(B, (heads + 2 * G) * K)}: queries, keys, values.")
+    return _kernel(kv, heads, qkv_BX.dtype, kernels).rotate_append(
+        qkv_BX,
+        kv,
+        layer,
+        start_B,
+        heads=heads,
+        rotary=rotary,
+        logn_B=logn_B,
+        stack_layer=stack_layer,
+        query_norm_LK=query_norm_LK,
+        key_norm_LK=key_norm_LK,
+        epsilon=epsilon,
+        key_bias_LX=key_bias_LX,
+    )
 
 
 def attend_decode(

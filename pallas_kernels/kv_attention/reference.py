@@ -70,6 +70,48 @@ def append(kv: KVArrays, layer, key_BTGK, value_BTGK, start_B) -> KVArrays:
     return KVArrays(**arrays)
 
 
+def rotate_append(
+    qkv_BX, kv: KVArrays, layer, start_B, *, heads, rotary, logn_B=None, stack_layer=None, query_norm_LK=None,
+    key_norm_LK=None, epsilon=0.0, key_bias_LX=None,
+):  # fmt: skip
+    """(queries [B, H, K], a copy of the cache) of one new token a slot; arguments as of `op.rotate_append`.
+
+    In float32 and rounded to the dtype of qkv_BX after each step: equal bit for bit where a norm's sum is exact.
+    """
+    dtype, (_, B, G, S, K) = np.asarray(qkv_BX).dtype, kv.keys.shape
+    stack_layer = layer if stack_layer is None else stack_layer
+    query, key, value = np.split(np.asarray(qkv_BX).reshape(B, -1, K), [heads, heads + G], axis=1)
+
+    def rounded(x):
+        return np.asarray(x, np.float32).astype(dtype).astype(np.float32)
+
+    def normed(x, scale_LK):
+        x = x.astype(np.float32)
+        if scale_LK is None:
+            return x
+        mean = (x * x).sum(-1, dtype=np.float32, keepdims=True) / np.float32(K)
+        inverse = np.float32(1) / np.sqrt(mean + np.float32(epsilon))
+        return rounded(x * inverse * np.asarray(scale_LK[stack_layer], np.float32))
+
+    def turned(x):
+        cos, sin = (np.asarray(table, np.float32).reshape(-1, 1, K // 2) for table in rotary)
+        first, second = np.split(x, 2, axis=-1)
+        return rounded(np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1))
+
+    query, key = turned(normed(query, query_norm_LK)), normed(key, key_norm_LK)
+    if logn_B is not None:
+        query = query * rounded(logn_B)[:, None, None]
+    if key_bias_LX is not None and not kv.quantized:
+        key = rounded(key + rounded(np.asarray(key_bias_LX[stack_layer]).reshape(G, K)))
+    start_B = np.asarray(start_B)
+    fits = (start_B >= 0) & (start_B < S)
+    new = append(kv, layer, turned(key)[:, None], value[:, None], np.where(fits, start_B, 0))
+    names = [field.name for field in dataclasses.fields(kv) if getattr(kv, field.name) is not None]
+    for name in names:
+        getattr(new, name)[:, ~fits] = np.asarray(getattr(kv, name))[:, ~fits]
+    return query.astype(dtype), new
+
+
 def cached_keys(kv: KVArrays, layer, key_bias_GK=None, key_rotary=None):
     """The layer's keys as attention sees them, [B, G, S, K] float64: dequantized, the rotated bias added back."""
     if not kv.quantized:

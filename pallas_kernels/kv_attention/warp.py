@@ -152,6 +152,11 @@ def divide(a, b):
     return asm("div.rn.f32 $0, $1, $2;", [f32_type()], a, b)
 
 
+def sqrt(x):
+    """Square root, correctly rounded."""
+    return asm("sqrt.rn.f32 $0, $1;", [f32_type()], x)
+
+
 def round_to_float16(x):
     """A float rounded to float16 and back."""
     return arith.extf(f32_type(), arith.truncf(ir.F16Type.get(), x))

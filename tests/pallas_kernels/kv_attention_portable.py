@@ -4,6 +4,8 @@ They take the same references and keep the same contract, so that what runs unde
 structure: the division of tiles among blocks, TMA copies, barriers, the ring, segments, slices and the scatter.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
@@ -88,7 +90,7 @@ class PortableAppend:
     def __init__(self, shape):
         self.shape = shape
 
-    def rows(self, block, layer, key, value, start, rotary, bias, cache):
+    def rows(self, block, layer, key, value, start, cache):
         shape = self.shape
         _, _, G, S, K = shape.cache
         for warp in range(4):
@@ -99,12 +101,6 @@ class PortableAppend:
             def _(head=head, token=token, slot=slot):
                 position = start[slot] + token
                 x, y = (ref[slot, token, head].astype(jnp.float32) for ref in (key, value))
-                if bias:
-                    x = x + bias[0][head].astype(jnp.float32)
-                if rotary:
-                    cos, sin = (table[slot if shape.rotary > 1 else 0, token] for table in rotary)
-                    low, high = jnp.split(x, 2)
-                    x = jnp.concatenate([low * cos - high * sin, high * cos + low * sin])
 
                 @pl.when((position >= 0) & (position < S))
                 def _():
@@ -114,3 +110,63 @@ class PortableAppend:
                         parts = [x8, y8, *x_scales, *y_scales]
                     for array, part in zip(cache, parts, strict=True):
                         array[layer, slot, head, position] = part.astype(array.dtype)
+
+
+class PortableRotate:
+    """The twin of `FastRotate`."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def rows(self, block, refs):
+        for warp in range(4):
+            row = block * 4 + warp
+            pl.when(row < self.shape.rows)(functools.partial(self._head, row // self.shape.width, row, refs))
+
+    def _head(self, slot, row, refs):
+        shape = self.shape
+        _, _, G, S, K = shape.cache
+        head, dtype, layer = row % shape.width, jnp.dtype(shape.dtype), refs["layer"][0]
+        x = refs["qkv"][slot, pl.ds(head * K, K)].astype(jnp.float32)
+
+        def rounded(x):
+            return x.astype(dtype).astype(jnp.float32)
+
+        def normed(name):
+            if shape.norm_dtype is None:
+                return x
+            scale = refs[name][refs["stack_layer"][0]].astype(jnp.float32)
+            return rounded(x * (1.0 / jnp.sqrt((x * x).mean() + shape.epsilon)) * scale)
+
+        def turned(x):
+            cos, sin = (refs[name][slot if shape.tables > 1 else 0] for name in ("cos", "sin"))
+            low, high = jnp.split(x, 2)
+            return rounded(jnp.concatenate([low * cos - high * sin, high * cos + low * sin]))
+
+        def write(kind, number, x):
+            position = refs["start"][slot]
+
+            @pl.when((position >= 0) & (position < S))
+            def _():
+                names = [f"{kind}s", f"{kind}_scales", f"{kind}_minimums"]
+                parts = quantize(x) if shape.quantized else [x]
+                for name, part in zip(names, parts, strict=False):
+                    refs[name][layer, slot, number, position] = part.astype(refs[name].dtype)
+
+        @pl.when(head < shape.heads)
+        def _():
+            y = turned(normed("query_norm"))
+            y = y * rounded(refs["logn"][slot]) if shape.logn else y
+            refs["query"][slot, head] = y.astype(dtype)
+
+        @pl.when((head >= shape.heads) & (head < shape.heads + G))
+        def _():
+            y, number = normed("key_norm"), head - shape.heads
+            if shape.bias_dtype is not None:
+                bias = refs["key_bias"][refs["stack_layer"][0], pl.ds(number * K, K)]
+                y = rounded(y + rounded(bias.astype(jnp.float32)))
+            write("key", number, turned(y))
+
+        @pl.when(head >= shape.heads + G)
+        def _():
+            write("value", head - shape.heads - G, x)

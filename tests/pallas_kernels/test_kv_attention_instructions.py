@@ -195,37 +195,21 @@ def test_prefix_sum_finds_what_loops_find(slots, kv_heads, workers, window):
             assert [int(x[0]) for x in got] == [int(x) for x in want]
 
 
-@pytest.mark.parametrize(
-    "quantized, K, tokens, rotary, biased", [(True, 128, 1, 3, False), (True, 96, 2, 0, False), (False, 64, 1, 1, True)]
-)
-def test_append_instruction_by_instruction(quantized, K, tokens, rotary, biased):
+@pytest.mark.parametrize("quantized, K, tokens", [(True, 128, 1), (True, 96, 2), (False, 64, 1)])
+def test_append_instruction_by_instruction(quantized, K, tokens):
     random = np.random.default_rng(K)
     L, B, G, S, layer = 2, 3, 2, 16, 1
     kv = random_cache(random, (L, B, G, S, K), quantized, "bfloat16")
     key, value = (random.normal(size=(B, tokens, G, K)).astype(ml_dtypes.bfloat16) for _ in range(2))
     key[0, 0, 0] = 0.75  # a range of zero
     start = np.array([0, 7, 13], np.int32)
-    shape = mosaic_gpu_append.AppendShape(
-        (L, B, G, S, K), tokens, "bfloat16", quantized, rotary, "float32" if biased else None
-    )
-    turned, extra = np.asarray(key, np.float32), []
-    tables = [x.astype(np.float32) for x in random.uniform(-1, 1, (2, max(rotary, 1), tokens, K // 2))]
-    bias = random.normal(size=(G, K)).astype(np.float32)
-    if biased:
-        turned = turned + bias
-    if rotary:
-        turned = reference.rotate(turned, *(table[:, :, None] for table in tables))
-        extra += [point(table) for table in tables]
-    extra += [point(bias)] if biased else []
+    shape = mosaic_gpu_append.AppendShape((L, B, G, S, K), tokens, "bfloat16", quantized)
     cache = {name: point(array) for name, array in vars(kv).items() if array is not None}
     for block in range(-(-shape.rows // 4)):
-        pointers = [point(key), point(value), point(start), *extra, *cache.values()]
+        pointers = [point(key), point(value), point(start), *cache.values()]
         mosaic_gpu_append._rows(shape, emulator.i32(block), emulator.i32(layer), pointers)
-    want = reference.append(kv, layer, turned, value, start)
+    want = reference.append(kv, layer, key, value, start)
     for name, pointer in cache.items():
         expected = getattr(want, name)
         got = pointer.memory.as_array(expected.dtype, expected.shape)
-        if expected.dtype == np.uint8:  # a rounding of float32 may fall the other way
-            assert (got != expected).mean() < 1e-3 and np.abs(got.astype(int) - expected).max() <= 1
-        else:
-            np.testing.assert_allclose(got.astype(np.float32), expected.astype(np.float32), rtol=1e-2)
+        np.testing.assert_array_equal(got, expected)

@@ -133,40 +133,30 @@ def test_structure_under_the_interpreter(cache, share, workers, window, bias_slo
     assert relative_error(got, want) < 4e-3
 
 
-@pytest.mark.parametrize("cache, fused, tokens", [("uint8", False, 1), ("uint8", True, 2), ("bfloat16", True, 1)])
-def test_append_under_the_interpreter(cache, fused, tokens):
+@pytest.mark.parametrize("cache, tokens", [("uint8", 1), ("uint8", 2), ("bfloat16", 1)])
+def test_append_under_the_interpreter(cache, tokens):
     random = np.random.default_rng(tokens)
     L, B, G, S, K = 2, 3, 2, 16, 32
     kv = random_cache(random, (L, B, G, S, K), cache)
     key, value = (jnp.asarray(random.normal(size=(B, tokens, G, K)), jnp.bfloat16) for _ in range(2))
     start = jnp.asarray([0, 7, S - 1], jnp.int32)
-    options, turned = {}, np.asarray(key, np.float32)
-    if fused:
-        tables = random_rotary(random, B, tokens, K)
-        options["key_rotary"] = tables
-        if cache != "uint8":
-            bias = jnp.asarray(random.normal(size=(G, K)), jnp.bfloat16)
-            options["key_bias_GK"] = bias
-            turned = turned + np.asarray(bias, np.float32)
-        turned = reference.rotate(turned, *(np.asarray(table)[:, :, None] for table in tables))
-    shape = mosaic_gpu_append.AppendShape(
-        kv.keys.shape, tokens, "bfloat16", kv.quantized, B if fused else 0, "bfloat16" if len(options) > 1 else None
-    )
+    shape = mosaic_gpu_append.AppendShape(kv.keys.shape, tokens, "bfloat16", kv.quantized)
     got = mosaic_gpu_append.append(
         kv, 1, key, value, start, arithmetic=portable.PortableAppend(shape),
-        interpret=plgpu.InterpretGPUParams(detect_races=True), **options,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
     )  # fmt: skip
     assert not races_found()
-    check_appended(kv, got, 1, turned, value, start)
+    check_appended(kv, got, 1, key, value, start)
 
 
-def check_appended(before, got, layer, turned, value, start):
+def check_appended(before, got, layer, key, value, start):
     """Against the reference, one token at a time, those past the end dropped."""
     want, S = before, before.keys.shape[3]
-    for token in range(turned.shape[1]):
+    for token in range(key.shape[1]):
         fits = np.asarray(start) + token < S
         at = np.where(fits, np.asarray(start) + token, 0)
-        new = reference.append(want, layer, turned[:, token : token + 1], np.asarray(value)[:, token : token + 1], at)
+        key_value = (np.asarray(array)[:, token : token + 1] for array in (key, value))
+        new = reference.append(want, layer, *key_value, at)
         keep = [None if a is None else np.where(fits.reshape(1, -1, *[1] * (a.ndim - 2)), a, np.asarray(b))
                 for a, b in zip(vars(new).values(), vars(want).values(), strict=True)]  # fmt: skip
         want = KVArrays(*keep)
@@ -317,25 +307,18 @@ def test_attention_on_the_card(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "cache, fused, tokens, K", [("uint8", True, 1, 128), ("uint8", False, 3, 96), ("bfloat16", True, 2, 64)]
-)
-def test_append_on_the_card(cache, fused, tokens, K):
+@pytest.mark.parametrize("cache, tokens, K", [("uint8", 1, 128), ("uint8", 3, 96), ("bfloat16", 2, 64)])
+def test_append_on_the_card(cache, tokens, K):
     random = np.random.default_rng(K)
     L, B, G, S = 2, 5, 3, 64
     kv = random_cache(random, (L, B, G, S, K), cache)
     before = jax.tree.map(np.array, kv)
     key, value = (jnp.asarray(random.normal(size=(B, tokens, G, K)), jnp.bfloat16) for _ in range(2))
     start = jnp.asarray([0, 7, 30, 62, 63], jnp.int32)
-    tables = random_rotary(random, B, tokens, K) if fused else None
-    bias = jnp.asarray(random.normal(size=(G, K)), jnp.bfloat16) if fused and cache != "uint8" else None
-    turned = np.asarray(key, np.float32) + (0 if bias is None else np.asarray(bias, np.float32))
-    if fused:
-        turned = reference.rotate(turned, *(np.asarray(table)[:, :, None] for table in tables))
 
     def run(kv, key, value, start):
-        return mosaic_gpu_append.append(kv, 1, key, value, start, key_rotary=tables, key_bias_GK=bias)
+        return mosaic_gpu_append.append(kv, 1, key, value, start)
 
     compiled = jax.jit(run, donate_argnums=0).lower(kv, key, value, start).compile()
     assert " copy(" not in compiled.as_text()  # nothing of the cache is copied
-    check_appended(before, compiled(kv, key, value, start), 1, turned, value, start)
+    check_appended(before, compiled(kv, key, value, start), 1, key, value, start)
