@@ -23,6 +23,9 @@ MULTIPROCESSORS = {
 WARPS = 8
 MOST_ROWS = 8
 DIRECT_WIDTH = 4096  # D of `Plan.direct`; at 5120 norming 8 rows spills registers: no faster than a kernel at a time
+WIDE_ROWS = (
+    5  # the most of a larger D: on two cards 8 rows of 5120 fit staged, 4.5 ms where a kernel at a time takes 4.0
+)
 
 
 @jax.tree_util.register_dataclass
@@ -184,6 +187,8 @@ def unsupported(shape: DecodeShape, chip: str) -> str | None:
         return str(error)
     if plan.slots < 2 * plan.warps:
         return f"{shape.batch} rows of {plan.staged_width} leave too little shared memory"
+    if shape.batch > WIDE_ROWS and shape.hidden > DIRECT_WIDTH:
+        return f"a kernel at a time is faster for more than {WIDE_ROWS} rows of {shape.hidden}"
     return None
 
 

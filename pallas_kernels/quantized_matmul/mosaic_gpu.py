@@ -203,7 +203,7 @@ def large_candidates(
         for warpgroups, most in large.fast_form.MOST_ROWS.items()
         for tile in tiles
         for splits in range(1, large.fast_form.MOST_CLUSTER + 1)
-        if tile <= most
+        if tile <= (most if splits == 1 else min(most, 128))
     ]
     return sorted(candidates, key=lambda candidate: cycles(candidate, rows, in_features, out_features))
 

@@ -281,6 +281,7 @@ def test_rows_that_shared_memory_does_not_hold_are_read_directly(hidden, inner, 
         (dict(matrices=(("qkv", 4, 128, "bfloat16", True, True, "mosaic_gpu"),)), "act-order"),
         (dict(matrices=(("down", 3, 128, "bfloat16", True, False, "mosaic_gpu"),)), "4 or 8 bits"),
         (dict(batch=8, inner=24576, hidden=5120), "8 rows of 24576 leave too little shared memory"),
+        (dict(batch=8, inner=6912, hidden=5120), "a kernel at a time is faster for more than 5 rows of 5120"),
     ],
 )
 def test_unsupported_says_why(change, reason):
