@@ -1,9 +1,9 @@
-"""A chain of sums over the cards of this host, ours (one launch each) and NCCL's: microseconds each, and whether equal.
+"""A chain of sums over the cards of this host, ours (one launch each) and XLA's: microseconds each, and whether equal.
 
     timeout 100 python benchmarks/card_sums.py
 
 Every second sum is normed, as in a layer, and each depends on the one before; one of XLA's small operations is counted
-with each. Bits are compared for two cards: of more, NCCL adds in an order of its own. The caller ends what hangs.
+with each. Bits are compared for two cards: of more, XLA adds in an order of its own. The caller ends what hangs.
 """
 
 import functools
@@ -35,7 +35,7 @@ def ours(share, hidden, scale_LD, layer, addresses):
     return hidden, normed, card_sums.add_sum(normed, hidden, addresses, chip=default_chip())
 
 
-def nccl(share, hidden, scale_LD, layer, addresses):
+def xla(share, hidden, scale_LD, layer, addresses):
     """The same."""
     del addresses
     hidden = hidden + lax.psum(share, MODEL)
@@ -74,15 +74,15 @@ def main() -> None:
         arrays = draw(cards, rows, width), draw(rows, width), jnp.ones((2, width), jnp.float32)
         arrays = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=False)]
         arrays.append(addresses)
-        found, want = (np.asarray(run(first, form)(*arrays), np.float64) for form in (ours, nccl))
+        found, want = (np.asarray(run(first, form)(*arrays), np.float64) for form in (ours, xla))
         found, want = (x.reshape(cards, 3, rows, width) for x in (found, want))
         other, apart = np.count_nonzero(found[:, 0] != want[:, 0]), np.count_nonzero(found != found[:1])
         error = np.linalg.norm(found - want) / np.linalg.norm(want)
-        chains = [functools.partial(run(chain, form), *arrays) for form in (ours, nccl)]
+        chains = [functools.partial(run(chain, form), *arrays) for form in (ours, xla)]
         one, another = (np.asarray(chains[0]()).tobytes() for _ in range(2))
         times = [seconds(each) / SUMS * 1e6 for each in chains]
         good &= (cards > 2 or not other) and not apart and error < 2**-7 and one == another
-        print(f"{rows} x {width}: {times[0]:.1f} us, NCCL {times[1]:.1f}; error {error:.1e}, other numbers {other}, "
+        print(f"{rows} x {width}: {times[0]:.1f} us, XLA {times[1]:.1f}; error {error:.1e}, other numbers {other}, "
               f"cards differ in {apart}, twice {'the same' if one == another else 'OTHER'}", flush=True)  # fmt: skip
     sys.exit(0 if good else 1)
 

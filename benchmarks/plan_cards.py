@@ -4,8 +4,8 @@
 
 Ceilings by arithmetic: a step's bytes at the memory's bandwidth, its products at the arithmetic's peak, and its
 reductions, of which each costs its latency and its bytes. Latencies are those measured on two cards
-(benchmarks/results/two_cards.md): 12–15 µs a reduction with a kernel at a time, 1 µs inside the one launch that decodes
-up to 8 rows of Int4.
+(benchmarks/results/two_cards.md, two_h200.md): 15 µs a reduction of XLA's, 6 a sum in a launch of each card's own (to
+64 rows), 1 inside the one launch that decodes up to 8 rows of Int4.
 """
 
 import dataclasses
@@ -34,12 +34,13 @@ One call on a host with four cards (eight: `1x8`, `--pieces 8`); rows are model,
     qwen-jax bench decode --model qwen-14b --bits 16 --mesh 2x2 --batch 8 --batch 32 --check
 
 The first makes Int4 weights on the cards; the second takes any model, bits and mesh, and makes them on the host."""
-LATENCY = {"a kernel at a time": 15e-6, "one launch": 1e-6}
+LATENCY = {"XLA's": 15e-6, "a launch each": 6.3e-6, "one launch": 1e-6}
 
 
 def predicted(name: str, bits: int, data: int, model: int, batch: int, context: int) -> Plan:
     """The plan of a mesh, its reductions as fast as those of the form that decodes so many rows."""
-    form = "one launch" if bits == 4 and batch <= 8 and data * model > 1 else "a kernel at a time"
+    form = "XLA's" if batch > 64 * data else "a launch each"
+    form = "one launch" if bits == 4 and batch <= 8 and data * model > 1 else form
     sizes = dict(batch=batch, context=context, kv_bits=8)
     return plan.estimate(MODELS[name], Storage(bits=bits), _cards(data * model, form), data, model, **sizes)
 
@@ -72,7 +73,7 @@ def main() -> None:
                         cell(predicted(name, bits, *mesh, *what), alone) if mesh[0] <= batch else "" for mesh in MESHES
                     ]
                     lines.append(f"| {' | '.join(cells)} |")
-    slow = plan.estimate(MODELS["qwen-72b"], Storage(), _cards(4, "a kernel at a time"), 1, 4, **ONE)
+    slow = plan.estimate(MODELS["qwen-72b"], Storage(), _cards(4, "a launch each"), 1, 4, **ONE)
     alone, four = (predicted("qwen-72b", 4, 1, model, 1, 2048).tokens_per_second for model in (1, 4))
     floats = [predicted("qwen-72b", 16, 1, model, 1, 2048) for model in (4, 8)]
     bound = 1 / floats[0].read_seconds

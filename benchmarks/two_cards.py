@@ -3,7 +3,7 @@
     XLA_PYTHON_CLIENT_MEM_FRACTION=.93 python benchmarks/two_cards.py --output result.json
 
 Weights are random, made on the cards, the same numbers on one as on two, so that greedy tokens can be compared. A form
-of a decode step is "each" (a kernel at a time), "nccl" (the same, but sums over the cards are NCCL's instead of our
+of a decode step is "each" (a kernel at a time), "psum" (the same, but sums over the cards are XLA's instead of our
 own), "one" (all layers in one launch), or "alone": one launch without its sums over the cards, to tell their time. All
 programs compile in threads before anything is timed. The work is done by a process of its own, which is killed when it
 says nothing for too long (a collective that hangs): rows are printed and written as they are measured, so that the
@@ -48,7 +48,7 @@ qwen-7b 4 decode 1 1x1 one
 qwen-72b 4 prefill 1 1x2 each
 qwen-72b 4 prefill 1 1x1 each
 qwen2.5-72b 4 decode 32 1x2 each
-qwen2.5-72b 4 decode 32 1x2 nccl
+qwen2.5-72b 4 decode 32 1x2 psum
 qwen2.5-72b 4 decode 32 1x1 each
 qwen-72b 4 decode 1 1x2 each
 qwen-72b 4 decode 1 1x2 alone
@@ -58,7 +58,7 @@ qwen-7b 4 decode 8 1x1 one
 qwen-72b 4 decode 8 1x2 one
 qwen-72b 4 decode 8 1x1 one
 qwen-7b 4 decode 32 1x2 each
-qwen-7b 4 decode 32 1x2 nccl
+qwen-7b 4 decode 32 1x2 psum
 qwen-7b 4 decode 32 1x1 each
 qwen-14b 4 decode 1 1x2 one
 qwen-14b 4 decode 1 1x1 one
@@ -86,9 +86,9 @@ class Model:
     pieces: int = 2
 
     def __post_init__(self):
-        options = dict(unroll=jax.default_backend() == "gpu", one_launch=self.form not in ("each", "nccl"))
+        options = dict(unroll=jax.default_backend() == "gpu", one_launch=self.form not in ("each", "psum"))
         decoder = device_weights.shapes(self.config, self.storage, self.mesh, **options)
-        if self.form == "nccl":
+        if self.form == "psum":
             for linear in (linear for block in decoder.blocks for linear in (block.attention.output, block.mlp.down)):
                 linear.direct = False
         self.programs = programs_of(decoder, self.mesh)
@@ -158,7 +158,7 @@ class Decode:
             seconds.append((time.perf_counter() - start) / STEPS / CHUNKS)
         step = statistics.median(seconds[1:])
         row = {"step_ms": round(step * 1e3, 3), "tokens_per_second": round(self.batch / step, 1), "tokens": tokens}
-        if self.model.form in ("each", "nccl"):
+        if self.model.form in ("each", "psum"):
             busy = split.kernels(lambda: run(loop=loop))
             row |= split.of_step(busy, STEPS)
             most = sorted(busy, key=lambda name: -busy[name])[:20]

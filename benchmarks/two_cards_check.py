@@ -29,7 +29,7 @@ CASES = [
     ("qwen-14b", 4, 1),
     ("qwen-7b", 4, 32),
 ]
-FORMS = [("1x1", "each"), ("1x1", "one"), ("1x2", "each"), ("1x2", "nccl"), ("1x2", "one")]
+FORMS = [("1x1", "each"), ("1x1", "one"), ("1x2", "each"), ("1x2", "psum"), ("1x2", "one")]
 
 
 class Step:

@@ -26,7 +26,7 @@ FEW_ROWS = 64  # up to here a reduction costs its latency, and its width nothing
 class RowParallelLinear(Linear):
     """y = Σ over devices of x · W + b: each device multiplies its rows, then one all-reduce.
 
-    On Hopper GPUs the sum of few rows is taken where it is added to the residual stream, in one launch without NCCL.
+    On Hopper GPUs the sum of few rows is taken where it is added to the residual stream, in a launch of each card.
 
     Attributes:
         axis: the mesh axis, or axes, the rows are split over.

@@ -93,7 +93,7 @@ def two_cards(file: pathlib.Path) -> plt.Figure:
     axes.set_xlim(1, 2.05)
     axes.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("two H100 over one, times as fast (2 is all there is)")
+    axes.set_xlabel("two H200 over one, times as fast (2 is all there is)")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
 
@@ -102,7 +102,7 @@ SOURCES = {
     "h200_peers": (peers, "h200_bench.json"),
     "cpu_decode": (cpu, "cpu_llama_cpp.md"),
     "quantization": (quantization, "quantization_smollm2.md"),
-    "two_cards": (two_cards, "two_cards.md"),
+    "two_cards": (two_cards, "two_h200.md"),
 }
 
 

@@ -15,7 +15,7 @@ class Chip:
         bandwidth: of that memory.
         flops: dense bfloat16.
         link: to its neighbours or peers, one direction, all links together.
-        hop: seconds that one step of a reduction costs at least (assumed for TPUs; NCCL's 20 µs measured on H100s).
+        hop: seconds that one step of a reduction costs at least (assumed for TPUs; XLA's 20 µs measured on H100s).
         platform: "tpu" or "gpu".
     """
 

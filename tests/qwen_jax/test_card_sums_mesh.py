@@ -1,4 +1,4 @@
-"""Sums of few rows over a mesh in a launch of each device's own: where a model takes them, and where NCCL's stay."""
+"""Sums of few rows over a mesh in a launch of each device's own: where a model takes them, and where XLA's stay."""
 
 import functools
 import logging
@@ -141,7 +141,7 @@ def test_a_device_has_its_own_addresses(names, shape):
 
 
 @pytest.mark.gpu
-def test_cards_add_as_nccl_does():
+def test_cards_add_as_xla_does():
     """Needs two Hopper GPUs; in a process of its own, which is ended if cards wait for each other."""
     if len(jax.devices()) < 2:
         pytest.skip("needs two GPUs")
