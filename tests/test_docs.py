@@ -217,7 +217,7 @@ def test_figures_are_drawn_from_todays_results():
 def test_the_site_builds_strictly(tmp_path):
     import subprocess
 
-    command = [sys.executable, "-W", "default", "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    command = [sys.executable, "-W", "default", "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "from_pretrained" in (tmp_path / "api" / "index.html").read_text()
