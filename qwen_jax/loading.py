@@ -16,6 +16,7 @@ import numpy as np
 import pallas_kernels.dense_matmul as dense
 import pallas_kernels.quantized_matmul as quantized
 from converters.huggingface import Checkpoint, ModuleSpec
+from pallas_kernels.chip import default_chip
 from pallas_kernels.dense_matmul import DenseTensor
 from pallas_kernels.quantized_matmul import QuantizedTensor
 from qwen_jax.linear import FusedLinear, Linear, RMSNorm
@@ -144,12 +145,12 @@ class CheckpointWeights:
 def pack(weight: QuantizedTensor | DenseTensor, kernels: str = "auto"):
     """One matrix in the layout of the kernel that will run it."""
     module = quantized if isinstance(weight, QuantizedTensor) else dense
-    return _prepack(jax.tree.map(jnp.asarray, weight), module, kernels)
+    return _prepack(jax.tree.map(jnp.asarray, weight), module, kernels, default_chip())
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _prepack(weight, module, kernels):
-    return module.prepack(weight, kernels)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _prepack(weight, module, kernels, chip):
+    return module.prepack(weight, kernels, chip)
 
 
 def kept_dtype(stored: str, wanted: str) -> str:

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels.dense_matmul as dense
 import pallas_kernels.quantized_matmul as quantized
 from converters.huggingface import Checkpoint, Module
+from pallas_kernels.chip import default_chip
 from pallas_kernels.dense_matmul import DenseTensor, quantize_head
 from pallas_kernels.exact_sums import unit_rows
 from pallas_kernels.quantized_matmul import QuantizedTensor
@@ -337,7 +338,7 @@ def place(placement: Placement, cuts: dict[int, QuantizedTensor | DenseTensor], 
     if packed.layout == first.layout:
         return raw
     before, after = (_specs(placement, each) for each in (names, tensor_axes(packed, axes)))
-    return _prepack(raw, module, kernels, placement.mesh, before, after)
+    return _prepack(raw, module, kernels, default_chip(), placement.mesh, before, after)
 
 
 def _specs(placement: Placement, names):
@@ -349,9 +350,9 @@ def _shardings(placement: Placement, names):
     return jax.tree.map(placement.sharding, names, is_leaf=lambda node: isinstance(node, tuple))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _prepack(weight, module, kernels, mesh, before, after):
-    local = functools.partial(module.prepack, kernels=kernels)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def _prepack(weight, module, kernels, chip, mesh, before, after):
+    local = functools.partial(module.prepack, kernels=kernels, chip=chip)
     return jax.shard_map(local, mesh=mesh, in_specs=(before,), out_specs=after, check_vma=False)(weight)
 
 
