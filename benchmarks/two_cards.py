@@ -86,13 +86,15 @@ class Model:
     pieces: int = 2
 
     def __post_init__(self):
-        options = dict(unroll=jax.default_backend() == "gpu", one_launch=self.form not in ("each", "psum"))
+        options = dict(unroll=jax.default_backend() == "gpu", one_launch=not self.kernel_at_a_time)
+        options |= dict(direct=self.form != "psum")
         decoder = device_weights.shapes(self.config, self.storage, self.mesh, **options)
-        if self.form == "psum":
-            for linear in (linear for block in decoder.blocks for linear in (block.attention.output, block.mlp.down)):
-                linear.direct = False
         self.programs = programs_of(decoder, self.mesh)
         self.shapes, self.programs._leaves = self.programs._leaves, None
+
+    @property
+    def kernel_at_a_time(self) -> bool:
+        return self.form in ("each", "psum")
 
     @property
     def config(self):
@@ -158,7 +160,7 @@ class Decode:
             seconds.append((time.perf_counter() - start) / STEPS / CHUNKS)
         step = statistics.median(seconds[1:])
         row = {"step_ms": round(step * 1e3, 3), "tokens_per_second": round(self.batch / step, 1), "tokens": tokens}
-        if self.model.form in ("each", "psum"):
+        if self.model.kernel_at_a_time:
             busy = split.kernels(lambda: run(loop=loop))
             row |= split.of_step(busy, STEPS)
             most = sorted(busy, key=lambda name: -busy[name])[:20]
@@ -270,7 +272,7 @@ def watch(command: list[str], silence: float, limit: float, processes: int) -> i
             print(f"killed: silent for {silence:.0f} s, or not over after {limit:.0f} s", flush=True)
             return 1
         if line is None:
-            return process.wait()
+            return max(each.wait() for each in (process, *others))
         print(line, end="", flush=True)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import jax
 
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # compute capability 9.0, for which our GPU kernels are written
+
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target_chip", default=None)
 
 
@@ -20,6 +22,11 @@ def default_chip() -> str:
 def is_gpu(chip: str) -> bool:
     """Of a `device_kind`: GPUs have names of many makers, Tesla T4 and NVIDIA H100 among them."""
     return chip != "cpu" and not chip.startswith("TPU")
+
+
+def is_hopper(chip: str) -> bool:
+    """Of a `device_kind`."""
+    return any(name in chip.split() for name in HOPPER)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,7 @@ import functools
 import logging
 
 from pallas_kernels import kv_attention
-from pallas_kernels.chip import default_chip
-from pallas_kernels.kv_attention import mosaic_gpu
+from pallas_kernels.chip import default_chip, is_hopper
 
 _logger = logging.getLogger(__name__)
 
@@ -16,7 +15,7 @@ _logger = logging.getLogger(__name__)
 def takes(attention, hidden_BTD, kv) -> bool:
     """Whether one launch takes the new token of a `model.Attention`; the log says why not where a chip could."""
     reason = refusal(attention, hidden_BTD, kv)
-    if mosaic_gpu.is_hopper(default_chip()):
+    if is_hopper(default_chip()):
         _log_choice(reason)
     return reason is None
 

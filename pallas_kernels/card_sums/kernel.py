@@ -137,18 +137,12 @@ def _squares(plan: Plan, shared, thread, values, exists):
     warp, lane, squares = w.idiv(thread, 32), w.irem(thread, 32), w.f32(0.0)
     for value in values:
         squares = w.fma(value, value, squares)
-    total = _over_warp(w.select(exists, squares, w.f32(0.0)))
+    total = w.float_warp_sum(w.select(exists, squares, w.f32(0.0)))
     w.when(w.equal(lane, 0), lambda: w.store_floats(shared, w.imul(warp, 4), [total]))
     d.meet(0, plan.threads)
     warps = plan.threads // 32
     [of_warp] = w.load_floats(shared, w.imul(w.imin(lane, warps - 1), 4), 1)
-    return _over_warp(w.select(w.less(lane, warps), of_warp, w.f32(0.0)))
-
-
-def _over_warp(value):
-    for distance in (16, 8, 4, 2, 1):
-        value = w.add(value, w.shuffle_xor(value, distance))
-    return value
+    return w.float_warp_sum(w.select(w.less(lane, warps), of_warp, w.f32(0.0)))
 
 
 @functools.cache

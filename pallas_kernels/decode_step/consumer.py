@@ -110,9 +110,7 @@ class Consumer:
         """1 / RMS of each row, one after another."""
         plan, small = self.plan, self.shared["small"]
         for row, pieces in enumerate(rows):
-            total = self._squares(pieces)
-            for distance in (16, 8, 4, 2, 1):
-                total = w.add(total, w.shuffle_xor(total, distance))
+            total = w.float_warp_sum(self._squares(pieces))
             where = w.imul(w.iadd(w.imul(self.warp, plan.batch), row), 4)
             w.when(w.equal(self.lane, 0), lambda where=where, total=total: w.store_floats(small, where, [total]))
         self.meet()

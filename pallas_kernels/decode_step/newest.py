@@ -37,9 +37,7 @@ def normed(plan: Plan, x, scale):
     total = w.f32(0.0)
     for value in x:
         total = w.fma(value, value, total)
-    for distance in (16, 8, 4, 2, 1):
-        total = w.add(total, w.shuffle_xor(total, distance))
-    mean = w.fma(total, w.f32(1 / plan.head_dim), w.f32(plan.epsilon))
+    mean = w.fma(w.float_warp_sum(total), w.f32(1 / plan.head_dim), w.f32(plan.epsilon))
     inverse = d.reciprocal_sqrt(mean)
     return _rounded([w.mul(w.mul(value, inverse), s) for value, s in zip(x, scale, strict=True)])
 

@@ -23,9 +23,7 @@ MULTIPROCESSORS = {
 WARPS = 8
 MOST_ROWS = 8
 DIRECT_WIDTH = 4096  # D of `Plan.direct`; at 5120 norming 8 rows spills registers: no faster than a kernel at a time
-WIDE_ROWS = (
-    5  # the most of a larger D: on two cards 8 rows of 5120 fit staged, 4.5 ms where a kernel at a time takes 4.0
-)
+WIDE_ROWS = 5  # the most of a larger D: on two cards 8 rows of 5120 would fit, 4.5 ms, a kernel at a time 4.0
 
 
 @jax.tree_util.register_dataclass

@@ -5,20 +5,16 @@ The kernels: `mosaic_gpu_decode`, `mosaic_gpu_append`, `mosaic_gpu_rotate_append
 Mosaic GPU takes 0.6 s to import, so these functions import it when a GPU asks for them.
 """
 
+from pallas_kernels.chip import HOPPER, is_hopper
+
 TAKES_STACKED_BIAS = True
-CHIPS = ("H100", "H200", "H800", "H20", "GH200")  # tensor memory access and 227 KB of shared memory a block
-
-
-def is_hopper(chip: str) -> bool:
-    """Whether a `device_kind` is of the GPUs that these kernels are written for."""
-    return any(name in chip.split() for name in CHIPS)
 
 
 def unsupported(shape, chip: str) -> str | None:
     """None, or one sentence why this kernel cannot run an `op.AttentionShape` on a chip."""
     share = shape.heads // shape.kv_heads
-    if not is_hopper(chip):
-        return f"it is written for Hopper GPUs ({', '.join(CHIPS)}), not for {chip}"
+    if not is_hopper(chip):  # tensor memory access and 227 KB of shared memory a block
+        return f"it is written for Hopper GPUs ({', '.join(HOPPER)}), not for {chip}"
     if shape.dtype not in ("bfloat16", "float16"):
         return f"its queries are bfloat16 or float16, not {shape.dtype}"
     if shape.window:

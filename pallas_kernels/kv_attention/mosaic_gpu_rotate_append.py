@@ -133,9 +133,7 @@ def _normed(shape: RotateShape, pointers, mine: Lane, x, name: str):
         total = w.add(total, w.mul(value, value))
     if mine.again is not None:
         total = w.select(mine.again, w.f32(0.0), total)
-    for distance in (16, 8, 4, 2, 1):
-        total = w.add(total, w.shuffle_xor(total, distance))
-    mean = w.divide(total, w.f32(mine.head_dim))
+    mean = w.divide(w.float_warp_sum(total), w.f32(mine.head_dim))
     inverse = w.divide(w.f32(1.0), w.sqrt(w.add(mean, w.f32(shape.epsilon))))
     return _rounded(shape, [w.mul(w.mul(value, inverse), s) for value, s in zip(x, scale, strict=True)])
 

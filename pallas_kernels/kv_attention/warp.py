@@ -264,6 +264,13 @@ def warp_sum(x):
     return asm("redux.sync.add.s32 $0, $1, 0xffffffff;", [i32_type()], x, effects=True)
 
 
+def float_warp_sum(x):
+    """The sum of a float over the warp, in all lanes."""
+    for distance in (16, 8, 4, 2, 1):
+        x = add(x, shuffle_xor(x, distance))
+    return x
+
+
 def warp_max(x):
     """The maximum of an i32 over the warp."""
     return asm("redux.sync.max.s32 $0, $1, 0xffffffff;", [i32_type()], x, effects=True)

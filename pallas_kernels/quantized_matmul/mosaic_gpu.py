@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.chip import HOPPER, is_hopper
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
 from pallas_kernels.quantized_matmul import mosaic_gpu_tuned
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
@@ -25,10 +26,8 @@ TAKES_STACKED_BIAS = True
 prepack = layout.prepack
 unpack = layout.unpack
 
-# wgmma with this register layout exists on compute capability 9.0 alone.
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 MULTIPROCESSORS = 132
-# Blocks that run at once by a cluster's size: a GPC has 16 or 18 multiprocessors, or fewer.
+# Blocks that run at once by a cluster's size, larger ones still fewer: a GPC has 16 or 18 multiprocessors, or fewer.
 CLUSTERED = {1: 132, 2: 132, 3: 108, 4: 112}
 SHARED_BYTES = 227 * 1024
 SMALL_ROWS = 16
@@ -45,7 +44,7 @@ def _kernels():
 
 def unsupported(shape: MatmulShape, chip: str) -> str | None:
     """None, or why this kernel cannot run `shape` on `chip`."""
-    if not any(name in chip.split() for name in HOPPER):
+    if not is_hopper(chip):  # wgmma with this register layout exists there alone
         return f"it needs a Hopper GPU ({', '.join(HOPPER)})"
     if shape.bits not in (4, 8):
         return f"it takes 4 or 8 bits, not {shape.bits}"
@@ -183,17 +182,20 @@ def computed_tiling(rows: int, in_features: int, out_features: int, bits: int, g
                     if fits(tiling, *shape, SHARED_BYTES // blocks - 1024) and (slots > 1 or slots == ring):
                         return tiling
         return small.Tiling(1, 1, 1)
-    for warpgroups, tile, splits in large_candidates(*shape):
-        for slots in (8, 7, 6, 5, 4, 3, 2):
-            tiling = large.Tiling(warpgroups, tile, splits, slots, tile <= 64)
-            if fits(tiling, *shape):
-                return tiling
+    for candidate in large_candidates(rows, in_features, out_features):
+        if (tiling := deepest(*candidate, candidate[1] <= 64, shape)) is not None:
+            return tiling
     return large.Tiling(1, 64, 1, 2, True)
 
 
-def large_candidates(
-    rows: int, in_features: int, out_features: int, bits: int, group_size: int
-) -> list[tuple[int, int, int]]:
+def deepest(warpgroups: int, tile: int, splits: int, scale_sums: bool, shape: tuple[int, ...]):
+    """The tiling of `mosaic_gpu_large` with as many slots as shared memory holds, or None; `shape` as of `fits`."""
+    _, large = _kernels()
+    tilings = (large.Tiling(warpgroups, tile, splits, slots, scale_sums) for slots in range(8, 1, -1))
+    return next((tiling for tiling in tilings if fits(tiling, *shape)), None)
+
+
+def large_candidates(rows: int, in_features: int, out_features: int) -> list[tuple[int, int, int]]:
     """(warpgroups, rows, splits) of `mosaic_gpu_large.Tiling` that a block's registers hold, best by `cycles` first."""
     _, large = _kernels()
     least = 64 if rows <= 512 else 128
@@ -202,7 +204,7 @@ def large_candidates(
         (warpgroups, tile, splits)
         for warpgroups, most in large.fast_form.MOST_ROWS.items()
         for tile in tiles
-        for splits in range(1, large.fast_form.MOST_CLUSTER + 1)
+        for splits in CLUSTERED
         if tile <= (most if splits == 1 else min(most, 128))
     ]
     return sorted(candidates, key=lambda candidate: cycles(candidate, rows, in_features, out_features))

@@ -22,7 +22,6 @@ PIECES = 2  # of a chunk, multiplied one after the other
 # over all threads, rounded down to 8 a thread), or the kernel hangs.
 REGISTERS, LOADER_REGISTERS = {2: 240, 3: 160, 4: 112}, 24
 MOST_ROWS = {1: 128, 2: 256, 3: 160, 4: 96}  # of x by consumers: sums fit registers; one alone waits for itself
-MOST_CLUSTER = 4  # blocks; larger clusters leave multiprocessors idle, for a GPC has 16 or 18
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,8 +45,11 @@ class OneDevice(AbstractWeights):
         return jax.ShapeDtypeStruct(whole.shape, whole.dtype)
 
 
-def shapes(config: ModelConfig, storage: Storage, mesh: Mesh | None, **options) -> Decoder:
-    """A decoder whose arrays are shapes, but for the addresses of a mesh's memory; `options` go to `Decoder`."""
+def shapes(config: ModelConfig, storage: Storage, mesh: Mesh | None, direct: bool = True, **options) -> Decoder:
+    """A decoder whose arrays are shapes, but for the addresses of a mesh's memory; `options` go to `Decoder`.
+
+    `direct`: False for sums of XLA's also where kernels may write to the other devices' memory.
+    """
     if mesh is None:
         weights = OneDevice(config, storage, _abstract(1))
     else:
@@ -57,7 +60,7 @@ def shapes(config: ModelConfig, storage: Storage, mesh: Mesh | None, **options) 
         found = peers.addresses(placement, config.hidden_size, storage.dtype)
         for linear in (linear for block in decoder.blocks for linear in (block.attention.output, block.mlp.down)):
             assert isinstance(linear, RowParallelLinear)
-            linear.direct, linear.peers = placement.direct, nnx.data(found)
+            linear.direct, linear.peers = direct and placement.direct, nnx.data(found)
     return decoder
 
 

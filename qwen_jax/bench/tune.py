@@ -4,6 +4,7 @@ Candidates are those that fit a block's shared memory; of the many for large pro
 `mosaic_gpu` puts first. Shapes that were never searched keep the tiling computed from their sizes.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.chip import HOPPER, is_hopper
 from pallas_kernels.kv_attention import mosaic_gpu_tuned as attention_table
 from pallas_kernels.kv_attention import shapes
 from pallas_kernels.quantized_matmul import layout_mosaic_gpu as layout
@@ -39,11 +41,10 @@ def matmul_candidates(bits: int, in_features: int, out_features: int, rows: int,
         # The deepest rings first: shallow ones wait for memory. Then those nearest to one wave of blocks.
         found.sort(key=lambda one: (one[0], abs(math.log(one[1][0] * mosaic_gpu.MULTIPROCESSORS / strips))))
         return [values for _, values in found[:MOST_CANDIDATES]]
-    for warpgroups, tile, splits in mosaic_gpu.large_candidates(*shape):
-        for sums in {tile <= 64, False}:
-            slots = next((n for n in range(8, 1, -1) if _fits([warpgroups, tile, splits, n, sums], shape)), None)
-            if slots is not None:
-                found.append([warpgroups, tile, splits, slots, sums])
+    for candidate in mosaic_gpu.large_candidates(rows, in_features, out_features):
+        for scale_sums in {candidate[1] <= 64, False}:
+            tiling = mosaic_gpu.deepest(*candidate, scale_sums, shape)
+            found += [] if tiling is None else [list(dataclasses.astuple(tiling))]
     return found[:MOST_CANDIDATES]
 
 
@@ -65,7 +66,7 @@ def tune_matmul(
     Raises:
         ValueError: no Hopper GPU is here.
     """
-    chip = _chip("matmul", mosaic_gpu.HOPPER)
+    chip = _chip("matmul")
     cases = list(cases)
     tilings = {
         (width, inputs, outputs, count): matmul_candidates(width, inputs, outputs, count)
@@ -117,7 +118,7 @@ def tune_attention(
         context: tokens in the cache of each row.
         output: another file than this installation's table.
     """
-    _chip("attention", mosaic_gpu.HOPPER)
+    _chip("attention")
     plans: list[dict[str, int]] = [
         dict(zip(attention_table.NUMBERS, values, strict=True))
         for values in itertools.product((1, 2), (2, 3, 4, 6), (1, 2))
@@ -153,10 +154,10 @@ def best_plan(records: Sequence[Mapping[str, Any]], cases: int) -> dict[str, int
     return best
 
 
-def _chip(what: str, kinds: Sequence[str]) -> str:
+def _chip(what: str) -> str:
     chip = jax.devices()[0].device_kind
-    if not any(name in chip.split() for name in kinds):
+    if not is_hopper(chip):
         raise ValueError(
-            f"bench tune {what}: found the device {chip}, expected one of {', '.join(kinds)}: no other has tables."
+            f"bench tune {what}: found the device {chip}, expected one of {', '.join(HOPPER)}: no other has tables."
         )
     return chip

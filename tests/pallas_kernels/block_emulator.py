@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from tests.pallas_kernels.thread_values import *  # noqa: F403  the kernels' `w` is this module
-from tests.pallas_kernels.thread_values import FLOATS, pairs, word
+from tests.pallas_kernels.thread_values import FLOATS, add, pairs, word
 
 LANES = 32
 _LANE = np.arange(LANES)
@@ -204,6 +204,12 @@ def transpose(word):
 def shuffle_xor(x, distance):
     warp_barrier()
     return x[_LANE ^ distance]
+
+
+def float_warp_sum(x):
+    for distance in (16, 8, 4, 2, 1):
+        x = add(x, shuffle_xor(x, distance))
+    return x
 
 
 def broadcast(x, lane):

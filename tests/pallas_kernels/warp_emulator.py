@@ -11,7 +11,7 @@ import contextlib
 import numpy as np
 
 from tests.pallas_kernels.thread_values import *  # noqa: F403  the kernels' `w` is this module
-from tests.pallas_kernels.thread_values import FLOATS, pairs, word
+from tests.pallas_kernels.thread_values import FLOATS, add, pairs, word
 
 THREADS = 128
 _LANE, _WARP = np.arange(THREADS) % 32, np.arange(THREADS) // 32
@@ -127,6 +127,12 @@ def transpose(word):
 
 def shuffle_xor(x, distance):
     return x[np.arange(THREADS) ^ distance]
+
+
+def float_warp_sum(x):
+    for distance in (16, 8, 4, 2, 1):
+        x = add(x, shuffle_xor(x, distance))
+    return x
 
 
 def shuffle_up(x, distance):
