@@ -287,7 +287,7 @@ def test_a_kernels_layout_is_made_of_each_devices_share(monkeypatch, axes):
     cuts = {
         n: layout.from_integers(rng.integers(0, 16, (256, 40)), scales + n, bits=4, group_size=128) for n in range(4)
     }
-    monkeypatch.setattr(quantized, "prepack", lambda weight, kernels: layout_mosaic_gpu.prepack(weight))
+    monkeypatch.setattr(quantized, "prepack", lambda weight, kernels, chip=None: layout_mosaic_gpu.prepack(weight))
     placement = Placement(make_mesh(2, 4))
     stack = ShardedStack(placement, 3, axes, "auto")
     stack.put(1, cuts)
